@@ -1,0 +1,365 @@
+"""Frames to messages and back, without a socket: what docs/rfc/1-request.md and 2-events.md say, as types.
+
+A request carries a list of calls; its reply comes in one or more parts, each with the outcomes that are ready,
+the last one marked as such. Whatever bytes come in, decoding either gives a message or raises an error of the
+contract: nothing else gets out.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from snapbroker.contract import Event, Info, Mount, Usage
+from snapbroker.errors import ERRORS, BrokerError, Internal, InvalidArgument, Unimplemented
+
+REQUEST_VERSION: Final = b"SNBR\x01"
+"""First frame of every request and reply."""
+EVENT_VERSION: Final = b"SNBE\x01"
+"""Second frame of every event, after its topic."""
+MORE: Final = b"\x00"
+DONE: Final = b"\x01"
+"""Third frame of a reply: whether more parts follow."""
+
+CALLS_MAX: Final = 1024
+"""Most calls in one request."""
+REQUEST_ID_BYTES_MAX: Final = 64
+"""Longest request id."""
+TARGET_BYTES_MAX: Final = 64
+"""Longest snapshotter name."""
+BODY_BYTES_MAX: Final = 16 * 1024 * 1024
+"""Longest body, of a request and of one part of a reply."""
+PAGE_MAX: Final = 10_000
+"""Most infos or events in one page."""
+CREDIT_MAX: Final = 1024
+"""Most pages a request may ask for at once."""
+FILTERS_MAX: Final = 64
+"""Most filters of one walk, and most topics of one events call."""
+FILTER_BYTES_MAX: Final = 4096
+"""Longest filter, in bytes of UTF-8."""
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True, gc=False, kw_only=True):
+    """A map with named fields; fields a reader does not know are ignored."""
+
+
+# Calls. `verb` is the tag: which of them a map is.
+
+
+class Prepare(Message, tag_field="verb", tag="prepare"):
+    """Create an active snapshot: answers `Mounts`."""
+
+    key: str
+    parent: str = ""
+    labels: dict[str, str] = {}
+
+
+class View(Message, tag_field="verb", tag="view"):
+    """Create a read-only snapshot: answers `Mounts`."""
+
+    key: str
+    parent: str = ""
+    labels: dict[str, str] = {}
+
+
+class Commit(Message, tag_field="verb", tag="commit"):
+    """Turn the active `key` into the committed `name`: answers `Empty`.
+
+    `sync`: its files are durable before the name exists (D12). `parent`: the rebase (C33, D9).
+    """
+
+    name: str
+    key: str
+    parent: str = ""
+    labels: dict[str, str] = {}
+    sync: bool = False
+
+
+class Remove(Message, tag_field="verb", tag="remove"):
+    """Remove a snapshot of any kind that has no children: answers `Empty`."""
+
+    key: str
+
+
+class Mounts(Message, tag_field="verb", tag="mounts"):
+    """The mounts of an active snapshot or view: answers `MountsAnswer`."""
+
+    key: str
+
+
+class Stat(Message, tag_field="verb", tag="stat"):
+    """What is known of a snapshot: answers `Info`."""
+
+    key: str
+
+
+class Update(Message, tag_field="verb", tag="update"):
+    """Change labels: answers the new `Info`. Without `fieldpaths` all labels are replaced (C56, C57)."""
+
+    name: str
+    labels: dict[str, str] = {}
+    fieldpaths: tuple[str, ...] = ()
+
+
+class UsageOf(Message, tag_field="verb", tag="usage"):
+    """What a snapshot takes: answers `Usage`."""
+
+    key: str
+
+
+class Walk(Message, tag_field="verb", tag="walk"):
+    """All snapshots that match one of the filters, by name: answers up to `credit` parts `WalkPage`.
+
+    `after` continues behind the name that a page gave as its `next`.
+    """
+
+    filters: tuple[str, ...] = ()
+    after: str = ""
+    page: int = 1000
+    credit: int = 16
+
+
+class Cleanup(Message, tag_field="verb", tag="cleanup"):
+    """Wait until everything removed so far is deleted from disk: answers `Empty`."""
+
+
+class Events(Message, tag_field="verb", tag="events"):
+    """The journal above sequence `since`: answers up to `credit` parts `EventsPage`.
+
+    `topics` are prefixes of topics, any namespace's with an empty list only the caller's own namespace.
+    `follow` waits for more when the end is reached, until the credit is used or the timeout passes.
+    """
+
+    since: int
+    topics: tuple[str, ...] = ()
+    page: int = 1000
+    credit: int = 16
+    follow: bool = False
+
+
+class Cancel(Message, tag_field="verb", tag="cancel"):
+    """Take back the caller's own request `request`: answers `Empty`; its unfinished calls end `cancelled`."""
+
+    request: bytes
+
+
+class Status(Message, tag_field="verb", tag="status"):
+    """How the broker and its snapshotters are (target: the broker itself): answers `StatusAnswer`."""
+
+
+Call = (
+    Prepare | View | Commit | Remove | Mounts | Stat | Update | UsageOf | Walk | Cleanup | Events | Cancel | Status
+)
+VERBS: Final[tuple[str, ...]] = (
+    "prepare", "view", "commit", "remove", "mounts", "stat", "update", "usage", "walk", "cleanup",
+    "events", "cancel", "status",
+)  # fmt: skip
+
+
+class Request(Message):
+    """The body of a request.
+
+    `atomic`: all calls take effect, in their order, or none does. `timeout_ms`: a call that has not begun
+    this long after its arrival is not executed; 0 is the broker's default.
+    """
+
+    calls: tuple[Call, ...]
+    namespace: str = ""
+    atomic: bool = False
+    timeout_ms: int = 0
+
+
+# Answers.
+
+
+class Empty(Message):
+    """Nothing to say but that it is done."""
+
+
+class MountsAnswer(Message):
+    """The mounts to make, in order."""
+
+    mounts: tuple[Mount, ...]
+
+
+class WalkPage(Message):
+    """Infos in the order of their names; `sequence` is the newest event that the page has seen.
+
+    `next` is where to continue, absent at the end. Events above the FIRST page's sequence, applied in order,
+    bring the whole walk up to date.
+    """
+
+    infos: tuple[Info, ...] = ()
+    sequence: int = 0
+    next: str = ""
+
+
+class EventsPage(Message):
+    """Events in their order; `next` is the `since` to go on with, `newest` the newest sequence of the journal."""
+
+    events: tuple[Event, ...] = ()
+    next: int = 0
+    newest: int = 0
+
+
+class Progress(Message):
+    """How far a long call is, in entries and bytes; sent as a part before its outcome."""
+
+    entries: int = 0
+    bytes: int = 0
+
+
+class ActorStatus(Message):
+    """One snapshotter: `state` is starting, ready, unavailable or stopped."""
+
+    name: str
+    backend: str
+    state: str
+    pid: int = 0
+    restarts: int = 0
+    resident_bytes: int = 0
+    cpu_seconds: float = 0.0
+    open_files: int = 0
+    sequence: int = 0
+    snapshots: int = 0
+    capabilities: tuple[str, ...] = ()
+    root: str = ""
+    queues: dict[str, dict[str, int]] = {}
+    backlog: dict[str, int] = {}
+
+
+class StatusAnswer(Message):
+    """The broker's own figures and one entry for each snapshotter."""
+
+    version: str
+    pid: int
+    uptime_seconds: float
+    resident_bytes: int
+    endpoint: str
+    events_endpoint: str
+    queues: dict[str, dict[str, int]] = {}
+    snapshotters: tuple[ActorStatus, ...] = ()
+
+
+class Fault(Message):
+    """An error on the wire: a code of `snapbroker.errors`, a message and details."""
+
+    code: str
+    message: str
+    details: dict[str, Any] = {}
+
+
+class Outcome(Message):
+    """The outcome, or the progress, of call number `call` of the request."""
+
+    call: int
+    ok: msgspec.Raw | None = None
+    error: Fault | None = None
+    progress: Progress | None = None
+
+
+class Reply(Message):
+    """One part of a reply: outcomes by call, or one error for the request as a whole."""
+
+    outcomes: tuple[Outcome, ...] = ()
+    error: Fault | None = None
+
+
+class Heartbeat(Message):
+    """Sent on `<snapshotter>//heartbeat`: the newest sequence, and the newest at the heartbeat before.
+
+    `topics` has the newest sequence of every topic that changed in between; absent when there were too many.
+    """
+
+    sequence: int
+    previous: int
+    time: int
+    topics: dict[str, int] | None = None
+
+
+_encoder = msgspec.msgpack.Encoder()
+_requests = msgspec.msgpack.Decoder(Request)
+_replies = msgspec.msgpack.Decoder(Reply)
+_anything = msgspec.msgpack.Decoder()
+
+encode = _encoder.encode
+encode_into = _encoder.encode_into
+
+T = TypeVar("T")
+
+
+def decode_request(body: bytes | memoryview) -> Request:
+    """The request in `body`; InvalidArgument or Unimplemented (unknown verb) where it is none."""
+    if len(body) > BODY_BYTES_MAX:
+        raise InvalidArgument(f"a body of {len(body)} bytes is longer than {BODY_BYTES_MAX}")
+    try:
+        request = _requests.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise _blame(body, error) from None
+    if not 0 < len(request.calls) <= CALLS_MAX:
+        raise InvalidArgument(f"a request has 1 to {CALLS_MAX} calls, not {len(request.calls)}")
+    return request
+
+
+def _blame(body: bytes | memoryview, error: Exception) -> BrokerError:
+    """Tell an unknown verb from a malformed request."""
+    try:
+        anything = _anything.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError, TypeError):
+        return InvalidArgument(f"the body is not MessagePack: {error}")
+    calls = anything.get("calls") if isinstance(anything, dict) else None
+    if isinstance(calls, list):
+        for call in calls:
+            verb = call.get("verb") if isinstance(call, dict) else None
+            if isinstance(verb, str) and verb not in VERBS:
+                return Unimplemented(f"unknown verb {verb[:40]!r}; known are {', '.join(VERBS)}")
+    return InvalidArgument(f"the body is not a request: {error}")
+
+
+def decode_reply(body: bytes | memoryview) -> Reply:
+    """One part of a reply; Internal where the broker sent something else."""
+    try:
+        return _replies.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise Internal(f"the broker's reply is malformed: {error}") from None
+
+
+def decoder(answer: type[T]) -> msgspec.msgpack.Decoder[T]:
+    """A decoder for the `ok` of an outcome, or for an event's body."""
+    return msgspec.msgpack.Decoder(answer)
+
+
+decode_event = decoder(Event).decode
+decode_heartbeat = decoder(Heartbeat).decode
+
+
+def fault(error: BrokerError) -> Fault:
+    """The error as it is sent."""
+    return Fault(code=error.code, message=error.message, details=dict(error.details))
+
+
+def error_of(sent: Fault) -> BrokerError:
+    """The error as it is raised."""
+    return ERRORS.get(sent.code, Internal)(sent.message, sent.details)
+
+
+def event_frames(topic: str, sequence: int, body: bytes) -> Sequence[bytes]:
+    """Topic, protocol and version, sequence (8 bytes, big endian), body."""
+    return (topic.encode(), EVENT_VERSION, struct.pack(">Q", sequence), body)
+
+
+def heartbeat_topic(snapshotter: str) -> str:
+    """A namespace is never empty, so no event has this topic; a subscription to `<snapshotter>/` covers it."""
+    return f"{snapshotter}//heartbeat"
+
+
+def answer_types() -> Mapping[str, type[Any]]:
+    """Verb to the type of its `ok`, for clients, schemas and vectors."""
+    return {
+        "prepare": MountsAnswer, "view": MountsAnswer, "mounts": MountsAnswer, "commit": Empty, "remove": Empty,
+        "stat": Info, "update": Info, "usage": Usage, "walk": WalkPage, "events": EventsPage, "cleanup": Empty,
+        "cancel": Empty, "status": StatusAnswer,
+    }  # fmt: skip
