@@ -1,0 +1,78 @@
+"""The frames between the router and an actor, and the actor's end of that line.
+
+router to actor:  REQUEST, client's identity, request id, arrival (8 bytes, monotonic nanoseconds), body
+                  STOP
+actor to router:  READY, body         once, when it serves
+                  REPLY, client's identity, request id, MORE or DONE, body
+                  EVENTS, then topic, sequence (8 bytes), body of each event
+                  REPORT, body        every second: its figures, and the sign that its loop turns
+
+Both ends live on one machine, so the monotonic clock is the same.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import zmq
+
+from broker.sockets import Port
+
+REQUEST: Final = b"Q"
+STOP: Final = b"X"
+READY: Final = b"U"
+REPLY: Final = b"R"
+EVENTS: Final = b"E"
+REPORT: Final = b"S"
+
+U64: Final = struct.Struct(">Q")
+
+
+class Mailbox:
+    """The actor's socket: requests come to the handler, replies, events and reports go to the router."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        identity: bytes,
+        on_request: Callable[[bytes, bytes, int, bytes], None],
+        on_stop: Callable[[], None],
+    ) -> None:
+        socket = context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.IDENTITY, identity)
+        # The router bounds what is open; a limit here would only drop replies to it.
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.connect(endpoint)
+        self._on_request = on_request
+        self._on_stop = on_stop
+        self.port = Port(socket, self._received)
+
+    def _received(self, frames: list[bytes]) -> None:
+        if frames[0] == REQUEST:
+            _, client, request_id, arrival, body = frames
+            self._on_request(client, request_id, U64.unpack(arrival)[0], body)
+        elif frames[0] == STOP:
+            self._on_stop()
+
+    def reply(self, client: bytes, request_id: bytes, status: bytes, body: bytes) -> None:
+        """Send one part of a reply."""
+        self.port.send((REPLY, client, request_id, status, body))
+
+    def events(self, events: Sequence[tuple[str, int, bytes]]) -> None:
+        """Send the events of a turn."""
+        frames = [EVENTS]
+        for topic, sequence, body in events:
+            frames += (topic.encode(), U64.pack(sequence), body)
+        self.port.send(frames)
+
+    def ready(self, body: bytes) -> None:
+        """Say that requests can come."""
+        self.port.send((READY, body))
+
+    def report(self, body: bytes) -> None:
+        """Send the actor's figures."""
+        self.port.send((REPORT, body))

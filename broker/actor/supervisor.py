@@ -1,0 +1,231 @@
+"""Starts actors, watches them, and restarts those that die or fall silent, each with a back-off of its own.
+
+An actor is a child process of this one. Its state goes
+
+    stopped -> starting -> ready -> (died, silent) -> unavailable -> starting ...
+
+and whoever cares is told of every change. What the actor does inside is not known here.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import anyio
+import psutil
+import structlog
+from snapbroker.protocol import ActorStatus, decoder
+
+if TYPE_CHECKING:
+    from anyio.abc import Process
+
+log = structlog.get_logger()
+
+decode_status = decoder(ActorStatus).decode
+
+
+class Limits(Protocol):
+    """What of the configuration is needed here."""
+
+    @property
+    def start_timeout_ms(self) -> int: ...  # noqa: D102
+    @property
+    def backoff_initial_ms(self) -> int: ...  # noqa: D102
+    @property
+    def backoff_max_ms(self) -> int: ...  # noqa: D102
+    @property
+    def backoff_reset_ms(self) -> int: ...  # noqa: D102
+    @property
+    def silence_max_ms(self) -> int: ...  # noqa: D102
+    @property
+    def stop_timeout_ms(self) -> int: ...  # noqa: D102
+
+
+@dataclass(slots=True)
+class Figures:
+    """What psutil says of a process."""
+
+    resident_bytes: int = 0
+    cpu_seconds: float = 0.0
+    open_files: int = 0
+
+
+def figures(pid: int) -> Figures:
+    """The figures of a process; zeros when it is gone."""
+    try:
+        process = psutil.Process(pid)
+        with process.oneshot():
+            cpu = process.cpu_times()
+            return Figures(process.memory_info().rss, cpu.user + cpu.system, process.num_fds())
+    except psutil.Error:
+        return Figures()
+
+
+@dataclass(eq=False)
+class Actor:
+    """One supervised process: how to start it, and how it is.
+
+    `incarnation` changes with every start: its identity on the router's socket, so that nothing of a dead one is
+    taken for the living.
+    """
+
+    name: str
+    module: str
+    setup: Callable[[str], bytes]
+    on_ready: Callable[[Actor], None]
+    on_gone: Callable[[Actor], None]
+    state: str = "stopped"
+    incarnation: int = 0
+    restarts: int = 0
+    pid: int = 0
+    last_heard: float = 0.0
+    retry_after_ms: int = 0
+    status: ActorStatus | None = None
+    heard: anyio.Event = field(default_factory=anyio.Event)
+
+    @property
+    def identity(self) -> bytes:
+        """The routing identity of the current incarnation."""
+        return f"{self.name}#{self.incarnation}".encode()
+
+    def became_ready(self, body: bytes) -> None:
+        """The process says that it serves."""
+        self.report(body)
+        self.state = "ready"
+        self.on_ready(self)
+
+    def report(self, body: bytes) -> None:
+        """The process sent its figures."""
+        self.last_heard = time.monotonic()
+        self.status = decode_status(body)
+        self.heard.set()
+
+
+class Supervisor:
+    """The actors of this broker; `run` supervises one of them until it is told to stop."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.actors: dict[str, Actor] = {}
+        self._stopping = False
+
+    def add(self, actor: Actor) -> None:
+        """Take an actor under supervision."""
+        self.actors[actor.name] = actor
+
+    async def run(self, actor: Actor) -> None:
+        """Start the actor and restart it whenever it dies, until `stop`."""
+        pause = self._limits.backoff_initial_ms
+        while not self._is_stopping():
+            started = time.monotonic()
+            await self._live(actor)
+            if self._is_stopping():
+                break
+            if (time.monotonic() - started) * 1000 > self._limits.backoff_reset_ms:
+                pause = self._limits.backoff_initial_ms
+            actor.restarts += 1
+            actor.retry_after_ms = pause
+            log.warning("an actor is restarted", actor=actor.name, pause_ms=pause, restarts=actor.restarts)
+            await anyio.sleep(pause / 1000)
+            pause = min(2 * pause, self._limits.backoff_max_ms)
+        actor.state = "stopped"
+
+    async def _live(self, actor: Actor) -> None:
+        """One life of the process, from its start to its end."""
+        actor.incarnation += 1
+        actor.state = "starting"
+        actor.heard = anyio.Event()
+        actor.last_heard = time.monotonic()
+        try:
+            process = await anyio.open_process([sys.executable, "-m", actor.module], stdin=-1, stdout=None, stderr=None)
+        except OSError as error:
+            log.error("an actor cannot be started", actor=actor.name, error=str(error))
+            actor.state = "unavailable"
+            return
+        actor.pid = process.pid
+        try:
+            await self._feed(process, actor.setup(actor.identity.decode()))
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._watch, actor, process)
+                status = await process.wait()
+                tasks.cancel_scope.cancel()
+            if not self._stopping:
+                log.error("an actor died", actor=actor.name, pid=actor.pid, exit_status=status)
+        finally:
+            if process.returncode is None:
+                process.kill()
+            actor.state = "unavailable"
+            actor.pid = 0
+            actor.on_gone(actor)
+
+    @staticmethod
+    async def _feed(process: Process, setup: bytes) -> None:
+        if process.stdin is not None:
+            try:
+                await process.stdin.send(setup)
+                await process.stdin.aclose()
+            except (anyio.BrokenResourceError, OSError):
+                return  # It died at once; the wait for it says so.
+
+    async def _watch(self, actor: Actor, process: Process) -> None:
+        """Kill the process when it does not get ready, or falls silent."""
+        with anyio.move_on_after(self._limits.start_timeout_ms / 1000) as starting:
+            await actor.heard.wait()
+        if starting.cancelled_caught:
+            log.error("an actor did not get ready in time", actor=actor.name)
+            process.kill()
+            return
+        silence_max = self._limits.silence_max_ms / 1000
+        while True:
+            silent = time.monotonic() - actor.last_heard
+            if silent > silence_max:
+                log.error("an actor is silent and is killed", actor=actor.name, silent_s=round(silent, 1))
+                process.kill()
+                return
+            await anyio.sleep(silence_max - silent + 0.01)
+
+    def _is_stopping(self) -> bool:
+        return self._stopping
+
+    def stopping(self) -> None:
+        """Restart nothing from here on."""
+        self._stopping = True
+
+    async def kill_late(self) -> None:
+        """Kill what has not ended in time after a stop."""
+        await anyio.sleep(self._limits.stop_timeout_ms / 1000)
+        for actor in self.actors.values():
+            if actor.pid:
+                log.error("an actor did not stop in time and is killed", actor=actor.name)
+                os.kill(actor.pid, signal.SIGKILL)
+
+    def statuses(self) -> tuple[ActorStatus, ...]:
+        """Every actor's figures, with what psutil says."""
+        return tuple(self._status(actor) for actor in self.actors.values())
+
+    @staticmethod
+    def _status(actor: Actor) -> ActorStatus:
+        reported = actor.status or ActorStatus(name=actor.name, backend="", state=actor.state)
+        seen = figures(actor.pid) if actor.pid else Figures()
+        return ActorStatus(
+            name=actor.name,
+            backend=reported.backend,
+            state=actor.state,
+            pid=actor.pid,
+            restarts=actor.restarts,
+            resident_bytes=seen.resident_bytes,
+            cpu_seconds=seen.cpu_seconds,
+            open_files=seen.open_files,
+            sequence=reported.sequence,
+            snapshots=reported.snapshots,
+            capabilities=reported.capabilities,
+            root=reported.root,
+            queues=reported.queues,
+            backlog=reported.backlog,
+        )

@@ -1,0 +1,193 @@
+"""The configuration as types: one TOML file, every limit named with its unit, mistakes told with file, key, reason."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from snapbroker.errors import InvalidArgument
+
+from broker.snapshotter.limits import SnapshotterLimits
+
+
+class RouterLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Limits of the router."""
+
+    open_requests_max: int = 4096
+    """Most requests open at one snapshotter; beyond, resource_exhausted with a retry-after."""
+    open_bytes_max: int = 256 * 1024 * 1024
+    """Most bytes of bodies open at one snapshotter."""
+    send_queue_max: int = 10_000
+    """Most messages waiting for one client that does not take them; beyond, its replies are dropped and counted."""
+
+
+class PublisherLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Limits of the publisher."""
+
+    send_queue_max: int = 100_000
+    """Most events waiting for one slow subscriber; beyond, they are dropped for it: the journal has them."""
+    heartbeat_ms: int = 1000
+    """How often every snapshotter's newest sequences are published."""
+    heartbeat_topics_max: int = 1000
+    """Most topics named in a heartbeat; with more, subscribers ask the journal."""
+
+
+class SupervisorLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How actors are started, watched and stopped."""
+
+    start_timeout_ms: int = 30_000
+    """Longest time from an actor's start to its first sign of being ready."""
+    backoff_initial_ms: int = 100
+    """Pause before the first restart of an actor that died; doubled with every further death."""
+    backoff_max_ms: int = 10_000
+    """Longest pause before a restart."""
+    backoff_reset_ms: int = 30_000
+    """An actor that lived this long starts again with the initial pause."""
+    silence_max_ms: int = 30_000
+    """An actor that did not report for this long hangs: it is killed and restarted."""
+    stop_timeout_ms: int = 4500
+    """After a stop, when an actor that has not ended is killed."""
+
+
+class SnapshotterSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One snapshotter: `[snapshotters.<name>]`; the name is the routing target."""
+
+    backend: str = ""
+    """Which backend; the snapshotter's own name by default."""
+    root: str = ""
+    """Its directory; `<root>/<name>` by default."""
+    metadata: str = ""
+    """Where its metadata database lies; `<its root>/metadata` by default."""
+    options: dict[str, Any] = {}
+    """The backend's own options."""
+    limits: SnapshotterLimits = SnapshotterLimits()
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The whole configuration; an empty file is a complete one."""
+
+    root: str = ""
+    """Where snapshotters live; /var/lib/snapbroker, or the user's state directory."""
+    runtime: str = ""
+    """Where the sockets are; /run/snapbroker, or the user's runtime directory."""
+    endpoint: str = ""
+    """The router's endpoint; `ipc://<runtime>/router.sock` by default."""
+    events_endpoint: str = ""
+    """The publisher's endpoint; `ipc://<runtime>/events.sock` by default."""
+    socket_mode: int = 0o600
+    """Mode of the ipc sockets."""
+    log_level: str = "info"
+    """debug, info, warning or error."""
+    log_format: str = "auto"
+    """json, console, or auto: console on a terminal."""
+    router: RouterLimits = RouterLimits()
+    publisher: PublisherLimits = PublisherLimits()
+    supervisor: SupervisorLimits = SupervisorLimits()
+    snapshotters: dict[str, SnapshotterSection] = {}
+    """Without any, every snapshotter that the machine supports is started."""
+
+    @property
+    def root_path(self) -> Path:
+        """The root as a path."""
+        return Path(self.root or default_root())
+
+    @property
+    def runtime_path(self) -> Path:
+        """The runtime directory as a path."""
+        return Path(self.runtime or default_runtime())
+
+    @property
+    def router_endpoint(self) -> str:
+        """The router's endpoint."""
+        return self.endpoint or f"ipc://{self.runtime_path}/router.sock"
+
+    @property
+    def publisher_endpoint(self) -> str:
+        """The publisher's endpoint."""
+        return self.events_endpoint or f"ipc://{self.runtime_path}/events.sock"
+
+
+NAME_CHARACTERS: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+NAME_CHARACTERS_MAX: Final = 64
+IPC_PATH_BYTES_MAX: Final = 107
+"""A unix socket's path, by the kernel's structure."""
+
+
+def default_root() -> str:
+    """/var/lib/snapbroker, or the user's state directory when not root."""
+    if os.geteuid() == 0:
+        return "/var/lib/snapbroker"
+    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return f"{state}/snapbroker"
+
+
+def default_runtime() -> str:
+    """/run/snapbroker, or the user's runtime directory when not root."""
+    if os.geteuid() == 0:
+        return "/run/snapbroker"
+    return f"{os.environ.get('XDG_RUNTIME_DIR') or f'/run/user/{os.getuid()}'}/snapbroker"
+
+
+def load(path: Path | None) -> Config:
+    """The configuration in a file, the defaults without one; InvalidArgument says file, key and reason."""
+    if path is None:
+        return Config()
+    try:
+        with path.open("rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise InvalidArgument(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"{path}: not TOML: {error}") from None
+    try:
+        config = msgspec.convert(table, Config)
+    except msgspec.ValidationError as error:
+        raise InvalidArgument(f"{path}: {_where(str(error))}") from None
+    check(config, str(path))
+    return config
+
+
+def _where(message: str) -> str:
+    """`Expected int, got str - at $.router.x` as `router.x: expected int, got str`."""
+    reason, _, where = message.partition(" - at `$.")
+    return f"{where.rstrip('`')}: {reason}" if where else reason
+
+
+def check(config: Config, source: str) -> None:
+    """What types cannot say: names, ranges, path lengths."""
+    for name in config.snapshotters:
+        if not 0 < len(name) <= NAME_CHARACTERS_MAX or not set(name) <= NAME_CHARACTERS:
+            raise InvalidArgument(
+                f"{source}: snapshotters.{name}: a name has 1 to {NAME_CHARACTERS_MAX} letters, digits, '.', '_', '-'"
+            )
+    for key, endpoint in (
+        ("endpoint", config.router_endpoint),
+        ("events_endpoint", config.publisher_endpoint),
+    ):
+        scheme, _, address = endpoint.partition("://")
+        if scheme not in ("ipc", "tcp") or not address:
+            raise InvalidArgument(f"{source}: {key}: {endpoint!r} is not ipc://PATH or tcp://ADDRESS:PORT")
+        if scheme == "ipc" and len(os.fsencode(address)) > IPC_PATH_BYTES_MAX:
+            raise InvalidArgument(
+                f"{source}: {key}: the socket's path has over {IPC_PATH_BYTES_MAX} bytes: choose a shorter runtime"
+            )
+        if scheme == "tcp" and not address.startswith(("127.", "[::1]", "localhost:")):
+            raise InvalidArgument(f"{source}: {key}: {endpoint!r} is not loopback, and tcp carries no authentication")
+    if config.log_level not in ("debug", "info", "warning", "error"):
+        raise InvalidArgument(f"{source}: log_level: {config.log_level!r} is not debug, info, warning or error")
+    if config.log_format not in ("auto", "json", "console"):
+        raise InvalidArgument(f"{source}: log_format: {config.log_format!r} is not auto, json or console")
+    _check_positive(msgspec.to_builtins(config), "", source)
+
+
+def _check_positive(table: dict[str, Any], where: str, source: str) -> None:
+    for key, value in table.items():
+        if isinstance(value, dict) and key != "options":
+            _check_positive(value, f"{where}{key}.", source)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            may_be_zero = key in ("workers", "pool_min")
+            if value < 0 or (value == 0 and not may_be_zero):
+                raise InvalidArgument(f"{source}: {where}{key}: must be above 0, not {value}")

@@ -1,0 +1,129 @@
+"""`snapbrokerd`: serve, say what this machine supports, or check a configuration."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+import msgspec
+import structlog
+from snapbroker.errors import BrokerError
+
+from broker import config as configuration
+from broker import logs
+from broker.server import Finding, Server, examine, version
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+log = structlog.get_logger()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="snapbrokerd",
+        description="The snapshot broker's daemon. Without a configuration it starts every snapshotter that this "
+        "machine supports.",
+        epilog="Stop it with SIGTERM: what was accepted is finished first.",
+    )
+    top.add_argument("--version", action="version", version=f"snapbrokerd {version()}")
+    add_places(top)
+    verbs = top.add_subparsers(dest="verb", metavar="VERB")
+    doctor = verbs.add_parser("doctor", help="say what this machine supports, and why not")
+    add_places(doctor)
+    doctor.add_argument("--json", action="store_true", help="one JSON document")
+    check = verbs.add_parser("check-config", help="check a configuration file and exit")
+    check.add_argument("file", type=Path, metavar="FILE")
+    return top
+
+
+def add_places(to: argparse.ArgumentParser) -> None:
+    """The options that say where things are; a verb's own win over those before it."""
+    to.add_argument("--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="TOML configuration")
+    to.add_argument(
+        "--root",
+        metavar="DIR",
+        default=argparse.SUPPRESS,
+        help=f"snapshots (default {configuration.default_root()})",
+    )
+    to.add_argument(
+        "--runtime",
+        metavar="DIR",
+        default=argparse.SUPPRESS,
+        help=f"sockets router.sock and events.sock (default {configuration.default_runtime()})",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; the exit status is 0, or that of the error (see `snapbroker.errors`)."""
+    options = parser().parse_args(arguments)
+    try:
+        if options.verb == "check-config":
+            configuration.load(options.file)
+            print(f"{options.file}: good")
+            return 0
+        config = settings(options)
+        if options.verb == "doctor":
+            return doctor(config, as_json=options.json)
+        return serve(config)
+    except BrokerError as error:
+        print(f"snapbrokerd: {error.message}", file=sys.stderr)
+        return error.exit_status
+
+
+def settings(options: argparse.Namespace) -> configuration.Config:
+    """The file's configuration with the command line's places over it."""
+    config = configuration.load(getattr(options, "config", None))
+    places = {key: getattr(options, key) for key in ("root", "runtime") if hasattr(options, key)}
+    config = msgspec.structs.replace(config, **{key: str(Path(value).absolute()) for key, value in places.items()})
+    configuration.check(config, str(getattr(options, "config", "command line")))
+    return config
+
+
+def doctor(config: configuration.Config, *, as_json: bool) -> int:
+    """Print what was found; 0 when at least one snapshotter can run."""
+    findings = examine(config)
+    if as_json:
+        rows = [
+            {
+                "name": f.name,
+                "backend": f.backend,
+                "root": f.root,
+                "ok": f.ok,
+                "missing": f.missing,
+                "notes": f.notes,
+            }
+            for f in findings
+        ]
+        print(msgspec.json.encode(rows).decode())
+    else:
+        for finding in findings:
+            print(f"{finding.name}: {'works' if finding.ok else 'does not work'} at {finding.root}")
+            for line in (*finding.missing, *finding.notes):
+                print(f"    {line}")
+    return 0 if any(finding.ok for finding in findings) else 1
+
+
+def serve(config: configuration.Config) -> int:
+    """Serve until a signal."""
+    logs.configure(config.log_level, config.log_format)
+    findings = examine(config)
+    usable: list[Finding] = []
+    for finding in findings:
+        if finding.ok:
+            usable.append(finding)
+        else:
+            log.warning("a snapshotter is left out", snapshotter=finding.name, missing=list(finding.missing))
+    if not usable:
+        print("snapbrokerd: no snapshotter can run here: `snapbrokerd doctor` says why", file=sys.stderr)
+        return 5
+    anyio.run(Server(config, usable).run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""The router: moves requests from clients to actors and parts of replies back, and never reads a body.
+
+It knows which requests are open at which actor. That bounds an actor's mailbox truthfully (a request beyond the
+limit is refused at once, with the time after which it may succeed), and lets every caller of an actor that died be
+told so in the same moment.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import structlog
+import zmq
+from snapbroker.errors import (
+    BrokerError,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    Unimplemented,
+)
+from snapbroker.protocol import (
+    BODY_BYTES_MAX,
+    DONE,
+    REQUEST_ID_BYTES_MAX,
+    REQUEST_VERSION,
+    Reply,
+    encode,
+    fault,
+)
+
+from broker.actor import mailbox
+from broker.sockets import Port
+
+if TYPE_CHECKING:
+    from broker.actor.supervisor import Actor
+
+log = structlog.get_logger()
+
+
+class Limits(Protocol):
+    """What of the configuration is needed here."""
+
+    @property
+    def open_requests_max(self) -> int: ...  # noqa: D102
+    @property
+    def open_bytes_max(self) -> int: ...  # noqa: D102
+    @property
+    def send_queue_max(self) -> int: ...  # noqa: D102
+
+
+class Lane:
+    """The open requests of one actor: client and request id to size and arrival."""
+
+    def __init__(self, actor: Actor) -> None:
+        self.actor = actor
+        self.open: dict[tuple[bytes, bytes], tuple[int, int]] = {}
+        self.bytes = 0
+        self.served = 0
+        self.refused = 0
+        self.mean_ns = 1_000_000.0
+
+    def add(self, key: tuple[bytes, bytes], size: int, arrival: int) -> None:
+        """A request goes to the actor."""
+        self.open[key] = (size, arrival)
+        self.bytes += size
+
+    def done(self, key: tuple[bytes, bytes], now: int) -> None:
+        """The last part of its reply came."""
+        entry = self.open.pop(key, None)
+        if entry is not None:
+            self.bytes -= entry[0]
+            self.served += 1
+            self.mean_ns += (now - entry[1] - self.mean_ns) / 64
+
+    def retry_after_ms(self) -> int:
+        """When there is likely room: about the time a request takes here."""
+        return max(1, int(self.mean_ns / 1e6))
+
+
+class Router:
+    """The two ROUTER sockets: clients in front, actors at the back."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        back_endpoint: str,
+        limits: Limits,
+        own: Callable[[bytes], bytes],
+        publish: Callable[[str, Sequence[bytes]], None],
+    ) -> None:
+        self._limits = limits
+        self._own = own
+        self._publish = publish
+        self._lanes: dict[bytes, Lane] = {}
+        self._lanes_by_identity: dict[bytes, Lane] = {}
+        self._dropped = 0
+        self._stopping = False
+        front = context.socket(zmq.ROUTER)
+        front.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        front.setsockopt(zmq.SNDHWM, limits.send_queue_max)
+        front.setsockopt(zmq.RCVHWM, limits.send_queue_max)
+        front.setsockopt(zmq.MAXMSGSIZE, BODY_BYTES_MAX + 1)
+        front.bind(endpoint)
+        self.endpoint = front.getsockopt_string(zmq.LAST_ENDPOINT)
+        back = context.socket(zmq.ROUTER)
+        back.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        back.setsockopt(zmq.SNDHWM, 0)
+        back.setsockopt(zmq.RCVHWM, 0)
+        back.bind(back_endpoint)
+        self.front = Port(front, self._from_client)
+        self.back = Port(back, self._from_actor)
+
+    def add(self, actor: Actor) -> None:
+        """Serve an actor's name."""
+        self._lanes[actor.name.encode()] = Lane(actor)
+
+    # Clients.
+
+    def _from_client(self, frames: list[bytes]) -> None:
+        if len(frames) != 5 or not 0 < len(frames[2]) <= REQUEST_ID_BYTES_MAX:
+            self._dropped += 1
+            return
+        client, version, request_id, target, body = frames
+        try:
+            self._route(client, version, request_id, target, body)
+        except BrokerError as error:
+            self._answer(client, request_id, error)
+
+    def _route(self, client: bytes, version: bytes, request_id: bytes, target: bytes, body: bytes) -> None:
+        if version != REQUEST_VERSION:
+            raise Unimplemented(f"this broker speaks {REQUEST_VERSION!r}, not {version[:16]!r}")
+        if self._stopping:
+            raise Unavailable("the broker is stopping, repeat in a moment", {"retry_after_ms": 1000})
+        if len(body) > BODY_BYTES_MAX:
+            raise InvalidArgument(f"a body of {len(body)} bytes is longer than {BODY_BYTES_MAX}")
+        if not target:
+            self.front.send((client, REQUEST_VERSION, request_id, DONE, self._own(body)))
+            return
+        lane = self._lanes.get(target)
+        if lane is None:
+            names = ", ".join(sorted(name.decode() for name in self._lanes)) or "none"
+            raise NotFound(f"no snapshotter {target[:64].decode(errors='replace')!r}; there are: {names}")
+        if lane.actor.state != "ready":
+            raise Unavailable(
+                f"snapshotter {lane.actor.name!r} is {lane.actor.state}, repeat in a moment",
+                {"retry_after_ms": max(lane.actor.retry_after_ms, 100)},
+            )
+        self._admit(lane, client, request_id, body)
+
+    def _admit(self, lane: Lane, client: bytes, request_id: bytes, body: bytes) -> None:
+        key = (client, request_id)
+        if key in lane.open:
+            raise InvalidArgument("this request id is still open: use another one")
+        if len(lane.open) >= self._limits.open_requests_max or lane.bytes + len(body) > self._limits.open_bytes_max:
+            lane.refused += 1
+            raise ResourceExhausted(
+                f"snapshotter {lane.actor.name!r} has {len(lane.open)} open requests of {lane.bytes} bytes, "
+                f"the limits are {self._limits.open_requests_max} and {self._limits.open_bytes_max}",
+                {"retry_after_ms": lane.retry_after_ms(), "position": len(lane.open)},
+            )
+        arrival = time.monotonic_ns()
+        frames = (
+            lane.actor.identity,
+            mailbox.REQUEST,
+            client,
+            request_id,
+            mailbox.U64.pack(arrival),
+            body,
+        )
+        if not self.back.send(frames):
+            raise Unavailable(f"snapshotter {lane.actor.name!r} is not connected, repeat in a moment")
+        lane.add(key, len(body), arrival)
+
+    def _answer(self, client: bytes, request_id: bytes, error: BrokerError) -> None:
+        body = encode(Reply(error=fault(error)))
+        self.front.send((client, REQUEST_VERSION, request_id, DONE, body))
+
+    # Actors.
+
+    def _from_actor(self, frames: list[bytes]) -> None:
+        lane = self._lanes_by_identity.get(frames[0])
+        kind = frames[1]
+        if kind == mailbox.READY:
+            self._became_ready(frames[0], frames[2])
+        elif lane is None:
+            return  # The last words of an actor that is already given up.
+        elif kind == mailbox.REPLY:
+            _, _, client, request_id, status, body = frames
+            if status == DONE:
+                lane.done((client, request_id), time.monotonic_ns())
+            self.front.send((client, REQUEST_VERSION, request_id, status, body))
+        elif kind == mailbox.EVENTS:
+            self._publish(lane.actor.name, frames[2:])
+        elif kind == mailbox.REPORT:
+            lane.actor.report(frames[2])
+
+    def _became_ready(self, identity: bytes, body: bytes) -> None:
+        for lane in self._lanes.values():
+            if lane.actor.identity == identity:
+                self._lanes_by_identity[identity] = lane
+                lane.actor.became_ready(body)
+
+    def gone(self, actor: Actor) -> None:
+        """The actor died: everybody who waits for it is told."""
+        lane = self._lanes[actor.name.encode()]
+        self._lanes_by_identity.pop(actor.identity, None)
+        waiting, lane.open, lane.bytes = lane.open, {}, 0
+        error = Unavailable(
+            f"snapshotter {actor.name!r} died with this call in its hands; whether it took effect is unknown: "
+            "stat before you repeat",
+            {"retry_after_ms": max(actor.retry_after_ms, 100)},
+        )
+        for client, request_id in waiting:
+            self._answer(client, request_id, error)
+
+    # Stopping.
+
+    def stop(self) -> None:
+        """Refuse new requests and tell the actors to finish what they have."""
+        self._stopping = True
+        for identity in self._lanes_by_identity:
+            self.back.send((identity, mailbox.STOP))
+
+    def statistics(self) -> dict[str, dict[str, int]]:
+        """For `status`."""
+        queues = {
+            "router": {**self.front.statistics(), "dropped": self._dropped},
+            "actors": self.back.statistics(),
+        }
+        for lane in self._lanes.values():
+            queues[f"mailbox.{lane.actor.name}"] = {
+                "open": len(lane.open),
+                "limit": self._limits.open_requests_max,
+                "bytes": lane.bytes,
+                "served": lane.served,
+                "refused": lane.refused,
+                "mean_us": int(lane.mean_ns / 1000),
+            }
+        return queues

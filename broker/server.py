@@ -1,0 +1,264 @@
+"""The composition root: the one file that knows router, publisher, supervisor and snapshotters together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+import msgspec
+import structlog
+import zmq
+from snapbroker.errors import BrokerError, FailedPrecondition, InvalidArgument, Unimplemented
+from snapbroker.protocol import Outcome, Reply, Status, StatusAnswer, decode_request, encode, fault
+
+from backends import registry
+from broker.actor.supervisor import Actor, Supervisor, figures
+from broker.config import Config, SnapshotterSection
+from broker.publisher import Publisher
+from broker.router import Router
+from broker.snapshotter.actor import Setup
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from backends.api import Support
+
+log = structlog.get_logger()
+
+ACTOR_MODULE = "broker.snapshotter"
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found of one snapshotter before the start."""
+
+    name: str
+    backend: str
+    root: str
+    missing: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    section: SnapshotterSection = SnapshotterSection()
+
+    @property
+    def ok(self) -> bool:
+        """Whether it can be started."""
+        return not self.missing
+
+
+def examine(config: Config) -> list[Finding]:
+    """Every configured snapshotter, or every installed backend, with what this machine lacks for it."""
+    sections = config.snapshotters or {
+        name: SnapshotterSection() for name in sorted(registry.available().backends) if name != "memory"
+    }
+    return [_examine(config, name, section) for name, section in sections.items()]
+
+
+def _examine(config: Config, name: str, section: SnapshotterSection) -> Finding:
+    backend = section.backend or name
+    root = Path(section.root or config.root_path / name)
+    found: Support | None = None
+    missing: tuple[str, ...] = ()
+    try:
+        kind = registry.load(backend)
+        options = msgspec.convert(section.options, kind.Options)
+        found = kind.probe(root, options)
+    except BrokerError as error:
+        missing = (error.message,)
+    except msgspec.ValidationError as error:
+        raise InvalidArgument(f"snapshotters.{name}.options: {error}") from None
+    except OSError as error:
+        missing = (f"{error.strerror}: {error.filename}",)
+    return Finding(
+        name=name,
+        backend=backend,
+        root=str(root),
+        missing=found.missing if found else missing,
+        notes=found.notes if found else (),
+        section=section,
+    )
+
+
+class Server:
+    """One broker process."""
+
+    def __init__(self, config: Config, findings: Sequence[Finding]) -> None:
+        self._config = config
+        self._started = time.monotonic()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._context.set(zmq.MAX_SOCKETS, 4096)
+        self._private = tempfile.mkdtemp(prefix="actors-", dir=self._runtime())
+        self._back = f"ipc://{self._private}/actors.sock"
+        old = os.umask(0o777 & ~config.socket_mode)
+        try:
+            self._publisher = Publisher(self._context, config.publisher_endpoint, config.publisher)
+            self._router = Router(
+                self._context,
+                config.router_endpoint,
+                self._back,
+                config.router,
+                self._own,
+                self._publisher.publish,
+            )
+        except zmq.ZMQError as error:
+            raise FailedPrecondition(
+                f"cannot bind {config.router_endpoint} and {config.publisher_endpoint}: {error.strerror}"
+            ) from None
+        finally:
+            os.umask(old)
+        self._supervisor = Supervisor(config.supervisor)
+        for finding in findings:
+            self._add(finding)
+
+    def _runtime(self) -> Path:
+        runtime = self._config.runtime_path
+        runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
+        for endpoint in (self._config.router_endpoint, self._config.publisher_endpoint):
+            if endpoint.startswith("ipc://"):
+                _refuse_second(Path(endpoint.removeprefix("ipc://")))
+        return runtime
+
+    def _add(self, finding: Finding) -> None:
+        section = finding.section
+
+        def setup(identity: str) -> bytes:
+            return msgspec.json.encode(
+                Setup(
+                    name=finding.name,
+                    backend=finding.backend,
+                    root=finding.root,
+                    metadata=section.metadata or f"{finding.root}/metadata",
+                    endpoint=self._back,
+                    identity=identity,
+                    options=section.options,
+                    limits=section.limits,
+                    log_level=self._config.log_level,
+                    log_format=self._config.log_format,
+                )
+            )
+
+        actor = Actor(finding.name, ACTOR_MODULE, setup, self._ready, self._router.gone)
+        self._supervisor.add(actor)
+        self._router.add(actor)
+
+    def _ready(self, actor: Actor) -> None:
+        newest = actor.status.sequence if actor.status else 0
+        self._publisher.started(actor.name, newest)
+        log.info("a snapshotter is ready", snapshotter=actor.name, pid=actor.pid, sequence=newest)
+        if all(other.state == "ready" for other in self._supervisor.actors.values()):
+            notify("READY=1")
+
+    def _own(self, body: bytes) -> bytes:
+        """Answer a request to the broker itself."""
+        try:
+            request = decode_request(body)
+            answer = msgspec.Raw(encode(self.status()))
+            outcomes = tuple(
+                Outcome(call=index, ok=answer)
+                if isinstance(call, Status)
+                else Outcome(
+                    call=index,
+                    error=fault(Unimplemented("the broker itself only knows status: name a snapshotter")),
+                )
+                for index, call in enumerate(request.calls)
+            )
+            return encode(Reply(outcomes=outcomes))
+        except BrokerError as error:
+            return encode(Reply(error=fault(error)))
+
+    def status(self) -> StatusAnswer:
+        """The broker's and every snapshotter's figures."""
+        return StatusAnswer(
+            version=version(),
+            pid=os.getpid(),
+            uptime_seconds=time.monotonic() - self._started,
+            resident_bytes=figures(os.getpid()).resident_bytes,
+            endpoint=self._router.endpoint,
+            events_endpoint=self._publisher.endpoint,
+            queues={**self._router.statistics(), "publisher": self._publisher.statistics()},
+            snapshotters=self._supervisor.statuses(),
+        )
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT, then finish what was accepted."""
+        log.info(
+            "serving",
+            endpoint=self._router.endpoint,
+            events=self._publisher.endpoint,
+            snapshotters=list(self._supervisor.actors),
+        )
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._router.front.run)
+                tasks.start_soon(self._router.back.run)
+                tasks.start_soon(self._publisher.port.run)
+                tasks.start_soon(self._publisher.beat)
+                await self._supervise()
+                tasks.cancel_scope.cancel()
+        finally:
+            self._close()
+
+    async def _supervise(self) -> None:
+        """Run the actors until a signal, then see them off."""
+        async with anyio.create_task_group() as late:
+            async with anyio.create_task_group() as actors:
+                for actor in self._supervisor.actors.values():
+                    actors.start_soon(self._supervisor.run, actor)
+                with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                    async for signum in signals:
+                        log.info("stopping", signal=signal.Signals(signum).name)
+                        break
+                notify("STOPPING=1")
+                self._supervisor.stopping()
+                self._router.stop()
+                late.start_soon(self._supervisor.kill_late)
+            late.cancel_scope.cancel()
+
+    def _close(self) -> None:
+        self._router.front.close()
+        self._router.back.close()
+        self._publisher.port.close()
+        self._context.term()
+        for path in (self._back, self._config.router_endpoint, self._config.publisher_endpoint):
+            if path.startswith("ipc://"):
+                Path(path.removeprefix("ipc://")).unlink(missing_ok=True)
+        os.rmdir(self._private)
+        log.info("stopped")
+
+
+def _refuse_second(path: Path) -> None:
+    """FailedPrecondition when somebody listens on a socket, which a bind would silently take away from it."""
+    try:
+        is_socket = stat.S_ISSOCK(path.stat().st_mode)
+    except FileNotFoundError:
+        return
+    if not is_socket:
+        raise FailedPrecondition(f"{path} exists and is no socket: choose another --runtime")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except OSError:
+            return
+    raise FailedPrecondition(f"a broker already serves {path}: stop it, or give this one another --runtime")
+
+
+def notify(message: str) -> None:
+    """Tell systemd, when it listens (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.sendto(message.encode(), address)
+
+
+def version() -> str:
+    """The daemon's version."""
+    return metadata.version("snapbrokerd")

@@ -1,0 +1,186 @@
+"""One snapshotter put together: store, backend, writer, pool, trash, recovery and service, and their threads."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+import msgspec
+import structlog
+from snapbroker.errors import FailedPrecondition
+from snapbroker.protocol import ActorStatus, encode
+
+from backends import registry
+from backends.api import Pooled
+from broker.snapshotter.ids import Ids
+from broker.snapshotter.limits import SnapshotterLimits
+from broker.snapshotter.operations import Delivery
+from broker.snapshotter.pool import Pool
+from broker.snapshotter.reader import Reader
+from broker.snapshotter.recovery import Recovery
+from broker.snapshotter.service import Send, Service
+from broker.snapshotter.trash import Trash
+from broker.snapshotter.verbs import Verbs
+from broker.snapshotter.writer import Writer
+from broker.store import Environment, Journal, Snapshots
+
+log = structlog.get_logger()
+
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread may keep the interpreter from the loop: reads are answered while the writer computes."""
+
+
+class Setup(msgspec.Struct, frozen=True, kw_only=True):
+    """What an actor's process is told at its start."""
+
+    name: str
+    backend: str
+    root: str
+    metadata: str
+    endpoint: str
+    identity: str
+    options: dict[str, object] = {}
+    limits: SnapshotterLimits = SnapshotterLimits()
+    log_level: str = "info"
+    log_format: str = "json"
+
+
+class SnapshotterActor:
+    """The actor; `run` serves until `stop` was called and everything accepted is finished."""
+
+    def __init__(self, setup: Setup, send: Send, publish: Callable[[list[tuple[str, int, bytes]]], None]) -> None:
+        self._setup = setup
+        self._send = send
+        self._publish = publish
+        self._stop = anyio.Event()
+        limits = setup.limits
+        root = Path(setup.root)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = lock_root(root)
+        backend_type = registry.load(setup.backend)
+        self.backend = backend_type.open(root, msgspec.convert(setup.options, backend_type.Options))
+        self._environment = Environment(Path(setup.metadata), limits.store)
+        snapshots = Snapshots(self._environment)
+        self._journal = Journal(self._environment, setup.name, limits.journal)
+        ids = Ids(self._environment, snapshots)
+        self._pool = (
+            Pool(self.backend, ids, limits.pool) if isinstance(self.backend, Pooled) and limits.pool.pool_min else None
+        )
+        self._trash = Trash(self.backend)
+        layers_max = min(limits.layers_max, getattr(self.backend, "layers_max", limits.layers_max))
+        verbs = Verbs(self.backend, snapshots, ids, self._pool, self._trash, layers_max)
+        self._deliver: Callable[[Delivery], None] = lambda _delivery: None
+        self._writer = Writer(
+            self._environment,
+            self._journal,
+            verbs,
+            ids,
+            self.backend,
+            limits.writer,
+            lambda delivery: self._deliver(delivery),
+        )
+        # The loop's thread reads with a Snapshots of its own: its cache of chains is not shared with the writer.
+        self._reader = Reader(self._environment, Snapshots(self._environment), self._journal, self.backend)
+        self._recovery = Recovery(self.backend, snapshots, self._writer, self._trash, ids.boundary)
+        self.service: Service | None = None
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Serve; `ready` is called once requests can come."""
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        async with anyio.create_task_group() as tasks:
+            async with anyio.create_task_group() as streams:
+                self.service = service = Service(
+                    self._setup.name,
+                    self._send,
+                    self._reader,
+                    self._writer,
+                    self._trash,
+                    streams,
+                    self._setup.limits.service,
+                    self._publish,
+                )
+                self._deliver = thread_safe(service.deliver)
+                tasks.start_soon(anyio.to_thread.run_sync, self._writer.run)
+                tasks.start_soon(anyio.to_thread.run_sync, self._trash.run)
+                if self._pool is not None:
+                    tasks.start_soon(anyio.to_thread.run_sync, self._pool.run)
+                streams.start_soon(service.tell_progress)
+                self._recovery.begin()
+                ready()
+                await self._stop.wait()
+                self._recovery.stop()
+                await service.stop()
+                streams.cancel_scope.cancel()
+            self._writer.stop()
+            self._trash.stop()
+            if self._pool is not None:
+                self._pool.stop()
+        self.backend.close()
+        self._environment.close()
+        os.close(self._lock)
+
+    def stop(self) -> None:
+        """Finish what was accepted, then end `run`."""
+        self._stop.set()
+
+    def report(self) -> bytes:
+        """The figures for `status`, encoded."""
+        queues = {**self._writer.statistics(), "recovery": self._recovery.statistics()}
+        if self.service is not None:
+            queues.update(self.service.statistics())
+        if self._pool is not None:
+            queues["pool"] = self._pool.statistics()
+        queues["store"] = self._environment.statistics()
+        return encode(
+            ActorStatus(
+                name=self._setup.name,
+                backend=self._setup.backend,
+                state="ready",
+                pid=os.getpid(),
+                sequence=self._reader.newest(),
+                snapshots=self._reader.count(),
+                capabilities=tuple(sorted(self.backend.capabilities)),
+                root=self._setup.root,
+                queues=queues,
+                backlog=self._trash.backlog(),
+            )
+        )
+
+
+def thread_safe(call: Callable[[Delivery], None]) -> Callable[[Delivery], None]:
+    """`call` on the running loop, from any thread."""
+    soon = asyncio.get_running_loop().call_soon_threadsafe
+
+    def deliver(delivery: Delivery) -> None:
+        soon(call, delivery)
+
+    return deliver
+
+
+LOCK_WAIT_S = 5.0
+"""How long a start waits for the actor of a killed daemon to be gone."""
+
+
+def lock_root(root: Path) -> int:
+    """An exclusive lock on the root, held as long as the descriptor is open; FailedPrecondition when another has it."""
+    descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    patience = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() > patience:
+                os.close(descriptor)
+                raise FailedPrecondition(
+                    f"{root} is in use by another snapbrokerd: stop it, or give this one another --root"
+                ) from None
+            time.sleep(0.02)
+        else:
+            return descriptor

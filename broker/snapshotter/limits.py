@@ -1,0 +1,22 @@
+"""The limits of one snapshotter, gathered from its parts for the configuration."""
+
+from __future__ import annotations
+
+import msgspec
+
+from broker.snapshotter.pool import PoolLimits
+from broker.snapshotter.service import ServiceLimits
+from broker.snapshotter.writer import WriterLimits
+from broker.store import Retention, StoreLimits
+
+
+class SnapshotterLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[snapshotters.<name>.limits.<part>]`."""
+
+    store: StoreLimits = StoreLimits()
+    journal: Retention = Retention()
+    pool: PoolLimits = PoolLimits()
+    writer: WriterLimits = WriterLimits()
+    service: ServiceLimits = ServiceLimits()
+    layers_max: int = 500
+    """Most layers of a chain: what the kernel's overlayfs mounts at most."""

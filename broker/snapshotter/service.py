@@ -1,0 +1,510 @@
+"""Requests in, parts of replies out: reads answered at once, writes queued for the next turn, streams on credit.
+
+Everything here runs on the actor's loop and never waits for a disk; the writer's thread, the workers and the trash
+have that. A ticket is one open request; its outcomes leave as they get ready, so that a long copy holds up nobody
+who happened to be in the same request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+import msgspec
+import structlog
+from anyio.abc import TaskGroup
+from snapbroker.contract import check_namespace, topic
+from snapbroker.errors import (
+    BrokerError,
+    Cancelled,
+    DeadlineExceeded,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    Unimplemented,
+)
+from snapbroker.protocol import (
+    CREDIT_MAX,
+    DONE,
+    FILTERS_MAX,
+    MORE,
+    Cancel,
+    Cleanup,
+    Commit,
+    Events,
+    Mounts,
+    Outcome,
+    Prepare,
+    Progress,
+    Remove,
+    Reply,
+    Request,
+    Stat,
+    Update,
+    UsageOf,
+    View,
+    Walk,
+    decode_request,
+    encode,
+    fault,
+)
+
+from backends.api import Snapshot, Task
+from broker.snapshotter.operations import Delivery, Operation, Result
+from broker.snapshotter.writer import Errand, error_of_system
+
+if TYPE_CHECKING:
+    from broker.snapshotter.reader import Reader
+    from broker.snapshotter.trash import Trash
+    from broker.snapshotter.writer import Writer
+
+log = structlog.get_logger()
+
+PART_BYTES_MAX: Final = 4 * 1024 * 1024
+"""Outcomes gathered before a part is sent."""
+_WRITES: Final = frozenset((Prepare, View, Commit, Remove, Update))
+_MILLISECOND: Final = 1_000_000
+
+
+class ServiceLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Limits of an actor's front."""
+
+    streams_max: int = 256
+    """Most walks, event streams and cleanups open at a time."""
+    timeout_default_ms: int = 60_000
+    """Deadline of a request that names none."""
+    timeout_max_ms: int = 24 * 3600 * 1000
+    """Longest deadline a request can ask for."""
+    progress_interval_ms: int = 500
+    """How often a long call tells how far it is."""
+    stop_grace_ms: int = 3000
+    """On a stop, how long what was accepted may take before it is taken back."""
+
+
+Send = Callable[[bytes, bytes, bytes, bytes], None]
+
+
+class Ticket:
+    """One open request: which outcomes are ready, how many are missing, and what works on them."""
+
+    __slots__ = ("bytes", "client", "missing", "operations", "outcomes", "request_id", "scopes", "service")
+
+    def __init__(self, service: Service, client: bytes, request_id: bytes, missing: int) -> None:
+        self.service = service
+        self.client = client
+        self.request_id = request_id
+        self.missing = missing
+        self.outcomes: list[Outcome] = []
+        self.bytes = 0
+        self.operations: list[Operation] = []
+        self.scopes: list[anyio.CancelScope] = []
+
+    def settle(self, index: int, result: Result) -> None:
+        """Take an outcome; `flush` sends it."""
+        if isinstance(result, bytes):
+            self.outcomes.append(Outcome(call=index, ok=msgspec.Raw(result)))
+            self.bytes += len(result)
+        else:
+            self.outcomes.append(Outcome(call=index, error=fault(result)))
+        self.missing -= 1
+        if self.bytes > PART_BYTES_MAX:
+            self.flush()
+
+    def page(self, index: int, answer: bytes) -> None:
+        """Send one page of a stream; more follow."""
+        self._send(MORE, (Outcome(call=index, ok=msgspec.Raw(answer)),))
+
+    def progressed(self, index: int, task: Task) -> None:
+        """Send how far a long call is."""
+        progress = Progress(entries=task.entries, bytes=task.bytes)
+        self._send(MORE, (Outcome(call=index, progress=progress),))
+
+    def flush(self) -> None:
+        """Send what is ready; the last part closes the ticket."""
+        if self.missing:
+            if self.outcomes:
+                self._send(MORE, tuple(self.outcomes))
+        else:
+            self._send(DONE, tuple(self.outcomes))
+            self.service.close_ticket(self)
+        self.outcomes = []
+        self.bytes = 0
+
+    def _send(self, status: bytes, outcomes: tuple[Outcome, ...]) -> None:
+        self.service.send(self.client, self.request_id, status, encode(Reply(outcomes=outcomes)))
+
+    def cancel(self) -> None:
+        """Take back what is not done yet."""
+        for operation in self.operations:
+            operation.cancel()
+        for scope in self.scopes:
+            scope.cancel()
+
+
+class Service:
+    """The front of one snapshotter."""
+
+    def __init__(
+        self,
+        snapshotter: str,
+        send: Send,
+        reader: Reader,
+        writer: Writer,
+        trash: Trash,
+        tasks: TaskGroup,
+        limits: ServiceLimits,
+        publish: Callable[[list[tuple[str, int, bytes]]], None],
+    ) -> None:
+        self._snapshotter = snapshotter
+        self.send = send
+        self._reader = reader
+        self._writer = writer
+        self._trash = trash
+        self._tasks = tasks
+        self._limits = limits
+        self._publish = publish
+        self._open: dict[tuple[bytes, bytes], Ticket] = {}
+        self._streams = 0
+        self._loop = asyncio.get_running_loop()
+        self._news = anyio.Event()
+        self._idle = anyio.Event()
+        self._stopping = False
+        self._requests = 0
+        self._calls = 0
+
+    # In.
+
+    def receive(self, client: bytes, request_id: bytes, arrival: int, body: bytes) -> None:
+        """Take a request; whatever it is, it gets a reply and nothing is raised."""
+        self._requests += 1
+        try:
+            if self._stopping:
+                raise Unavailable("the snapshotter is stopping, repeat in a moment", {"retry_after_ms": 1000})
+            request = decode_request(body)
+            check_namespace(request.namespace)
+            self._accept(Ticket(self, client, request_id, len(request.calls)), request, arrival)
+        except BrokerError as error:
+            self._refuse(client, request_id, error)
+        except Exception as error:
+            log.exception("a request failed")
+            self._refuse(client, request_id, Internal(f"the request failed: {error!r}"))
+
+    def _refuse(self, client: bytes, request_id: bytes, error: BrokerError) -> None:
+        ticket = self._open.pop((client, request_id), None)
+        if ticket is not None:
+            ticket.cancel()
+            ticket.missing = 1 << 30
+        self.send(client, request_id, DONE, encode(Reply(error=fault(error))))
+
+    def _accept(self, ticket: Ticket, request: Request, arrival: int) -> None:
+        self._calls += len(request.calls)
+        deadline = self._deadline(request, arrival)
+        self._open[ticket.client, ticket.request_id] = ticket
+        if request.atomic and len(request.calls) > 1:
+            self._accept_atomic(ticket, request, deadline)
+            return
+        operations: list[Operation] = []
+        self._answer_reads(ticket, request, deadline, operations)
+        if operations:
+            ticket.operations = operations
+            self._writer.submit(operations)
+            if ticket.outcomes:
+                ticket.flush()
+        elif ticket.outcomes:
+            ticket.flush()
+
+    def _deadline(self, request: Request, arrival: int) -> int:
+        timeout = request.timeout_ms or self._limits.timeout_default_ms
+        if not 0 < timeout <= self._limits.timeout_max_ms:
+            raise InvalidArgument(f"timeout_ms is 1 to {self._limits.timeout_max_ms}, not {timeout}")
+        deadline = arrival + timeout * _MILLISECOND
+        if time.monotonic_ns() > deadline:
+            raise DeadlineExceeded("the deadline passed before the request was read; it was not executed")
+        return deadline
+
+    def _accept_atomic(self, ticket: Ticket, request: Request, deadline: int) -> None:
+        for call in request.calls:
+            if isinstance(call, (Walk, Events, Cleanup, Cancel)):
+                raise Unimplemented("walk, events, cleanup and cancel cannot be part of an atomic request")
+        operation = Operation(ticket, request.namespace, request.calls, 0, deadline)
+        ticket.operations = [operation]
+        self._writer.submit(ticket.operations)
+
+    def _answer_reads(self, ticket: Ticket, request: Request, deadline: int, operations: list[Operation]) -> None:
+        """Answer the reads, begin the streams, and gather the writes in their order."""
+        namespace, reader = request.namespace, self._reader
+        with reader.transaction() as txn:
+            for index, call in enumerate(request.calls):
+                kind = type(call)
+                if kind in _WRITES:
+                    operations.append(Operation(ticket, namespace, (call,), index, deadline))
+                    continue
+                try:
+                    if kind is Stat:
+                        ticket.settle(index, reader.stat(txn, namespace, call.key))  # type: ignore[union-attr]
+                    elif kind is Mounts:
+                        ticket.settle(index, reader.mounts(txn, namespace, call.key))  # type: ignore[union-attr]
+                    elif kind is UsageOf:
+                        self._usage(ticket, index, reader.usage(txn, namespace, call.key))  # type: ignore[union-attr]
+                    else:
+                        self._begin(ticket, index, call, namespace, deadline)
+                except BrokerError as error:
+                    ticket.settle(index, error)
+                except OSError as error:
+                    ticket.settle(index, error_of_system(error))
+
+    def _usage(self, ticket: Ticket, index: int, answer: bytes | Snapshot) -> None:
+        if isinstance(answer, bytes):
+            ticket.settle(index, answer)
+            return
+        self._begin_stream(ticket, index, self._measure, answer)
+
+    def _begin(self, ticket: Ticket, index: int, call: Any, namespace: str, deadline: int) -> None:
+        if isinstance(call, Walk):
+            _check_credit(call.credit)
+            page = self._reader.walk(namespace, call)
+            self._begin_stream(ticket, index, self._walk, call, page, deadline)
+        elif isinstance(call, Events):
+            _check_credit(call.credit)
+            topics = self._topics(call, namespace)
+            self._begin_stream(ticket, index, self._events, call, self._reader.events(call, topics), deadline)
+        elif isinstance(call, Cleanup):
+            self._begin_stream(ticket, index, self._cleanup, namespace)
+        elif isinstance(call, Cancel):
+            self._cancel(ticket, index, call)
+        else:
+            raise Unimplemented("status is asked of the broker itself: leave the target empty")
+
+    def _topics(self, call: Events, namespace: str) -> tuple[str, ...]:
+        if len(call.topics) > FILTERS_MAX:
+            raise InvalidArgument(f"{len(call.topics)} topics, more than {FILTERS_MAX}")
+        return call.topics or (topic(self._snapshotter, namespace, ""),)
+
+    def _cancel(self, ticket: Ticket, index: int, call: Cancel) -> None:
+        other = self._open.get((ticket.client, call.request))
+        if other is None or other is ticket:
+            raise NotFound("no such open request of this client; perhaps it is done")
+        other.cancel()
+        ticket.settle(index, encode({}))
+
+    # Streams.
+
+    def _begin_stream(self, ticket: Ticket, index: int, stream: Callable[..., Any], *arguments: Any) -> None:
+        if self._streams >= self._limits.streams_max:
+            raise ResourceExhausted(
+                f"{self._streams} streams are open, more than streams_max={self._limits.streams_max}",
+                {"retry_after_ms": 100},
+            )
+        self._streams += 1
+        scope = anyio.CancelScope()
+        ticket.scopes.append(scope)
+        self._tasks.start_soon(self._run_stream, ticket, index, scope, stream, arguments)
+
+    async def _run_stream(
+        self,
+        ticket: Ticket,
+        index: int,
+        scope: anyio.CancelScope,
+        stream: Callable[..., Any],
+        arguments: tuple[Any, ...],
+    ) -> None:
+        result: Result = Cancelled("the call was taken back")
+        try:
+            with scope:
+                result = await stream(ticket, index, *arguments)
+        except BrokerError as error:
+            result = error
+        except OSError as error:
+            result = error_of_system(error)
+        except Exception as error:
+            log.exception("a stream failed")
+            result = Internal(f"the call failed: {error!r}")
+        finally:
+            self._streams -= 1
+        ticket.settle(index, result)
+        ticket.flush()
+
+    async def _walk(
+        self, ticket: Ticket, index: int, call: Walk, page: Callable[[str], tuple[bytes, str]], deadline: int
+    ) -> bytes:
+        after = call.after
+        for number in range(call.credit):
+            _check_deadline(deadline)
+            answer, after = page(after)
+            if not after or number + 1 == call.credit:
+                return answer
+            ticket.page(index, answer)
+            await anyio.lowlevel.checkpoint()
+        raise AssertionError("a credit is at least one page")
+
+    async def _events(
+        self,
+        ticket: Ticket,
+        index: int,
+        call: Events,
+        page: Callable[[int], tuple[bytes, int, int, bool]],
+        deadline: int,
+    ) -> bytes:
+        since, credit = call.since, call.credit
+        while True:
+            news = self._news
+            answer, since, newest, some = page(since)
+            caught_up = since >= newest
+            if caught_up and not call.follow:
+                return answer
+            if some or not caught_up:
+                credit -= 1
+                if not credit:
+                    return answer
+                ticket.page(index, answer)
+            if not caught_up:
+                await anyio.lowlevel.checkpoint()
+                continue
+            with anyio.move_on_after((deadline - time.monotonic_ns()) / 1e9) as waiting:
+                await news.wait()
+            if waiting.cancelled_caught or self._stopping:
+                return page(since)[0]
+
+    async def _measure(self, ticket: Ticket, index: int, snapshot: Snapshot) -> bytes:
+        task = Task()
+        done = anyio.Event()
+        outcome: list[Result] = []
+
+        def work() -> None:
+            outcome.append(self._writer.measured(snapshot, task))
+            self._soon(done.set)
+
+        self._writer.submit_work(work)
+        try:
+            await done.wait()
+        finally:
+            task.cancel()
+        if isinstance(outcome[0], BrokerError):
+            raise outcome[0]
+        return outcome[0]
+
+    async def _cleanup(self, ticket: Ticket, index: int, namespace: str) -> bytes:
+        """Wait until what is put aside by this moment is deleted, then write the event (D7, D13)."""
+        await self._wait_for_trash(ticket, index)
+        failures = self._trash.failures()
+        if failures:
+            name, reason = next(iter(failures.items()))
+            raise Internal(f"{len(failures)} removed snapshots cannot be deleted, first {name}: {reason}")
+        written = anyio.Event()
+        errors: list[BrokerError | None] = []
+
+        def done(error: BrokerError | None) -> None:
+            errors.append(error)
+            self._soon(written.set)
+
+        self._writer.errand(Errand(lambda txn, turn, now: turn.append(txn, now, namespace, "cleanup", ""), done))
+        await written.wait()
+        if errors[0] is not None:
+            raise errors[0]
+        return encode({})
+
+    async def _wait_for_trash(self, ticket: Ticket, index: int) -> None:
+        """Wait until the trash is as empty as asked, telling how much is left."""
+        empty = anyio.Event()
+        undo = self._trash.when_empty(lambda: self._soon(empty.set))
+        try:
+            while not empty.is_set():
+                with anyio.move_on_after(self._limits.progress_interval_ms / 1000):
+                    await empty.wait()
+                    return
+                left = Task()
+                backlog = self._trash.backlog()
+                left.entries, left.bytes = backlog["entries"], backlog["bytes"]
+                ticket.progressed(index, left)
+        finally:
+            undo()
+
+    # Out.
+
+    def deliver(self, delivery: Delivery) -> None:
+        """Send the outcomes of a committed turn, then its events."""
+        touched: dict[Ticket, None] = {}
+        for operation, results in delivery.results:
+            ticket: Any = operation.requester
+            if len(results) == len(operation.calls):
+                for number, result in enumerate(results, operation.first):
+                    ticket.settle(number, result)
+            else:
+                for number in range(len(operation.calls)):
+                    ticket.settle(number, results[0])
+            touched[ticket] = None
+        for ticket in touched:
+            if ticket.outcomes or not ticket.missing:
+                ticket.flush()
+        if delivery.events:
+            self._publish(delivery.events)
+            self._news.set()
+            self._news = anyio.Event()
+
+    def close_ticket(self, ticket: Ticket) -> None:
+        """The last part is sent."""
+        self._open.pop((ticket.client, ticket.request_id), None)
+        if self._stopping and not self._open:
+            self._idle.set()
+
+    async def tell_progress(self) -> None:
+        """Send the progress of long calls, until cancelled."""
+        known: dict[Operation, tuple[int, int]] = {}
+        while True:
+            await anyio.sleep(self._limits.progress_interval_ms / 1000)
+            seen: dict[Operation, tuple[int, int]] = {}
+            for ticket in list(self._open.values()):
+                for operation in ticket.operations:
+                    task = operation.task
+                    if task is None or not operation.needs:
+                        continue
+                    figures = (task.entries, task.bytes)
+                    if operation in known and figures != known[operation]:
+                        ticket.progressed(operation.first, task)
+                    seen[operation] = figures
+            known = seen
+
+    def _soon(self, call: Callable[[], None]) -> None:
+        """Run `call` on the loop, from any thread."""
+        self._loop.call_soon_threadsafe(call)
+
+    async def stop(self) -> None:
+        """Refuse what comes, finish what was accepted, take back what takes longer than the grace."""
+        self._stopping = True
+        self._news.set()
+        if self._open:
+            with anyio.move_on_after(self._limits.stop_grace_ms / 1000):
+                await self._idle.wait()
+        for ticket in list(self._open.values()):
+            ticket.cancel()
+        self._writer.abandon()
+        if self._open:
+            with anyio.move_on_after(0.5):
+                await self._idle.wait()
+
+    def statistics(self) -> dict[str, dict[str, int]]:
+        """For `status`."""
+        return {
+            "service": {
+                "open": len(self._open),
+                "streams": self._streams,
+                "streams_limit": self._limits.streams_max,
+                "requests": self._requests,
+                "calls": self._calls,
+            }
+        }
+
+
+def _check_credit(credit: int) -> None:
+    if not 0 < credit <= CREDIT_MAX:
+        raise InvalidArgument(f"credit is 1 to {CREDIT_MAX} pages, not {credit}")
+
+
+def _check_deadline(deadline: int) -> None:
+    if time.monotonic_ns() > deadline:
+        raise DeadlineExceeded("the deadline passed in the middle of a walk: go on behind the last page's `next`")

@@ -1,0 +1,395 @@
+"""The one thread that writes an actor's database: everything that has arrived goes into one transaction.
+
+A turn: take what waits; decide each operation against one write transaction, its event with it; commit, which is
+the pair of flushes that all share; hand the outcomes over; then do what can wait. While the flush runs the next
+operations gather: under load the turns grow by themselves, and a lone caller waits for nobody.
+
+An operation whose backend has to work is held and handed to the workers; when it comes back it is decided again in
+a later turn. An atomic operation is decided in a child transaction that is dropped whole when one of its calls
+fails or needs work.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import structlog
+from snapbroker.errors import BrokerError, Cancelled, DeadlineExceeded, Internal, ResourceExhausted
+from snapbroker.protocol import encode
+
+from backends.api import Backend, Snapshot, Task
+from broker.snapshotter.operations import Delivery, Labour, Made, Need, Operation, Result
+from broker.snapshotter.verbs import Scene, Verbs
+
+if TYPE_CHECKING:
+    from lmdb import Transaction
+
+    from broker.snapshotter.ids import Ids
+    from broker.store import Environment, Journal
+    from broker.store.journal import Turn
+
+log = structlog.get_logger()
+
+
+class WriterLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Limits of the write path."""
+
+    turn_max: int = 1024
+    """Most operations in one transaction: bounds the time to its flush."""
+    waiting_max: int = 16_384
+    """Most operations that wait for a turn; beyond, calls get resource_exhausted."""
+    workers: int = 0
+    """Threads for what backends do beside the transactions; 0 is the backend's own choice."""
+    working_max: int = 4096
+    """Most operations in the workers' hands; beyond, calls get resource_exhausted."""
+
+
+@dataclass(slots=True)
+class Errand:
+    """Work of the actor itself that needs a transaction, such as a recovery's page."""
+
+    run: Callable[[Transaction, Turn, int], None]
+    done: Callable[[BrokerError | None], None] = lambda _error: None
+
+
+_STOP: Final = object()
+Deliver = Callable[[Delivery], None]
+Clock = Callable[[], int]
+
+
+class Writer:
+    """The turns of one actor. `submit` and `errand` from the loop's thread or a worker's; `run` is the thread."""
+
+    def __init__(
+        self,
+        environment: Environment,
+        journal: Journal,
+        verbs: Verbs,
+        ids: Ids,
+        backend: Backend,
+        limits: WriterLimits,
+        deliver: Deliver,
+        clock: Clock = time.time_ns,
+    ) -> None:
+        self._environment = environment
+        self._journal = journal
+        self._verbs = verbs
+        self._ids = ids
+        self._backend = backend
+        self._limits = limits
+        self._deliver = deliver
+        self._clock = clock
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._executor = ThreadPoolExecutor(
+            limits.workers or getattr(backend, "workers", 8), thread_name_prefix="worker"
+        )
+        self._working: set[Operation] = set()
+        self._turns = 0
+        self._operations = 0
+        self._largest = 0
+        self._labours = {
+            Labour.CREATE: self._create,
+            Labour.COMMIT: self._commit,
+            Labour.MEASURE: self._measure,
+        }
+
+    # In.
+
+    def submit(self, operations: list[Operation]) -> None:
+        """Queue operations in their order; ResourceExhausted when too many wait, and then none is queued."""
+        waiting = self._inbox.qsize()
+        if waiting > self._limits.waiting_max:
+            raise ResourceExhausted(
+                f"{waiting} operations wait, more than waiting_max={self._limits.waiting_max}",
+                {"retry_after_ms": 10, "position": waiting},
+            )
+        for operation in operations:
+            self._inbox.put(operation)
+
+    def errand(self, errand: Errand) -> None:
+        """Queue work of the actor itself."""
+        self._inbox.put(errand)
+
+    def submit_work(self, work: Callable[[], None]) -> None:
+        """Let a worker run `work`, which must not raise."""
+        self._executor.submit(work)
+
+    def measured(self, snapshot: Snapshot, task: Task) -> Result:
+        """The encoded usage of an active snapshot, or why not; blocks, for a worker."""
+        try:
+            return encode(self._backend.usage(snapshot, task))
+        except BrokerError as error:
+            return error
+        except OSError as error:
+            return error_of_system(error)
+        except Exception as error:
+            log.exception("a backend failed", labour="usage", id=snapshot.id)
+            return Internal(f"the backend failed: {error!r}")
+
+    def stop(self) -> None:
+        """Finish what is queued, then end `run`."""
+        self._inbox.put(_STOP)
+
+    def abandon(self) -> None:
+        """Ask everything in the workers' hands to stop."""
+        for operation in list(self._working):
+            operation.cancel()
+
+    # The thread.
+
+    def run(self) -> None:
+        """Take turns until `stop`; what the workers hold by then is waited for."""
+        stopping = False
+        while not (stopping and not self._working and self._inbox.empty()):
+            batch: list[Operation | Errand] = []
+            item = self._inbox.get()
+            while True:
+                if item is _STOP:
+                    stopping = True
+                else:
+                    batch.append(item)
+                if len(batch) >= self._limits.turn_max:
+                    break
+                try:
+                    item = self._inbox.get_nowait()
+                except queue.Empty:
+                    break
+            if batch:
+                self._turn(batch)
+        self._executor.shutdown()
+
+    def _turn(self, batch: list[Operation | Errand]) -> None:
+        self._turns += 1
+        self._operations += len(batch)
+        self._largest = max(self._largest, len(batch))
+        try:
+            self._ids.replenish()
+            draft = self._environment.write(lambda txn: self._decide(txn, batch))
+        except BrokerError as error:
+            self._fail(batch, error)
+            return
+        except Exception as error:
+            log.exception("a turn failed")
+            self._fail(batch, Internal(f"the turn failed: {error!r}; nothing was changed"))
+            return
+        self._journal.settle(draft.turn)
+        for operation, needs in draft.needs:
+            self._dispatch(operation, needs)
+        for operation, _ in draft.results:
+            self._let_go(operation)
+        self._deliver(Delivery(draft.results, draft.turn.entries))
+        for after in draft.after:
+            self._after(after)
+        for errand in draft.errands:
+            errand.done(None)
+        for operation in draft.failed:
+            self._undo(operation)
+
+    def _decide(self, txn: Transaction, batch: list[Operation | Errand]) -> _Draft:
+        """Decide every operation; run again from scratch when the map had to grow, so it keeps no state."""
+        now = self._clock()
+        draft = _Draft(self._journal.begin())
+        monotonic = time.monotonic_ns()
+        for item in batch:
+            if isinstance(item, Errand):
+                item.run(txn, draft.turn, now)
+                draft.errands.append(item)
+                continue
+            scene = Scene(txn, draft.turn, item, now)
+            try:
+                self._check_begun(item, monotonic)
+                if len(item.calls) == 1:
+                    self._decide_one(scene, item, draft)
+                else:
+                    self._decide_atomic(scene, item, draft)
+            except BrokerError as error:
+                draft.results.append((item, [error]))
+                draft.failed.append(item)
+        draft.turn.finish(txn, now)
+        return draft
+
+    @staticmethod
+    def _check_begun(operation: Operation, monotonic: int) -> None:
+        if operation.failure is not None:
+            raise operation.failure
+        if operation.made or operation.task is None:
+            if not operation.made and operation.deadline and monotonic > operation.deadline:
+                raise DeadlineExceeded("the deadline passed before the call began; it was not executed")
+            return
+        if operation.task.cancelled:
+            raise Cancelled("the call was taken back before it began")
+
+    def _decide_one(self, scene: Scene, operation: Operation, draft: _Draft) -> None:
+        answer = self._verbs.decide(scene, operation.calls[0])
+        if isinstance(answer, Need):
+            draft.needs.append((operation, [(0, answer)]))
+            return
+        draft.after.extend(scene.after)
+        draft.results.append((operation, [answer]))
+
+    def _decide_atomic(self, scene: Scene, operation: Operation, draft: _Draft) -> None:
+        mark = draft.turn.mark()
+        outer = scene.txn
+        results: list[Result] = []
+        try:
+            with self._environment.nested(outer) as scene.txn:
+                for scene.index, call in enumerate(operation.calls):
+                    answer = self._verbs.decide(scene, call)
+                    if isinstance(answer, Need):
+                        raise _NeedsWork(scene.index, answer)
+                    results.append(answer)
+        except _NeedsWork as needs:
+            draft.turn.rewind(mark)
+            draft.needs.append((operation, [(needs.index, needs.need)]))
+            return
+        except BrokerError as error:
+            draft.turn.rewind(mark)
+            failed = scene.index
+            results = [
+                error
+                if index == failed
+                else Cancelled(f"call {failed} of the atomic request failed ({error.code}), nothing was changed")
+                for index in range(len(operation.calls))
+            ]
+            draft.results.append((operation, results))
+            draft.failed.append(operation)
+            return
+        draft.after.extend(scene.after)
+        draft.results.append((operation, results))
+
+    def _fail(self, batch: list[Operation | Errand], error: BrokerError) -> None:
+        """The transaction did not commit: nothing changed, everybody is told."""
+        log.error("a transaction did not commit", error=str(error), operations=len(batch))
+        operations = [item for item in batch if isinstance(item, Operation)]
+        for operation in operations:
+            self._let_go(operation)
+        self._deliver(Delivery([(operation, [error]) for operation in operations], []))
+        for operation in operations:
+            self._undo(operation)
+        for item in batch:
+            if isinstance(item, Errand):
+                item.done(error)
+
+    @staticmethod
+    def _after(after: Callable[[], None]) -> None:
+        try:
+            after()
+        except (OSError, BrokerError) as error:
+            # The record says the truth already; what is left on disk is a left-over for the next start (C42).
+            log.warning("clearing up after a commit failed", error=str(error))
+
+    # Beside the transactions.
+
+    def _dispatch(self, operation: Operation, needs: list[tuple[int, Need]]) -> None:
+        if len(self._working) >= self._limits.working_max and operation not in self._working:
+            error = ResourceExhausted(
+                f"{len(self._working)} calls are in the backend's hands, more than "
+                f"working_max={self._limits.working_max}",
+                {"retry_after_ms": 50},
+            )
+            self._deliver(Delivery([(operation, [error])], []))
+            self._undo(operation)
+            return
+        if operation.task is None:
+            operation.task = Task()
+        self._working.add(operation)
+        for _, need in needs:
+            self._verbs.holds.add(operation, need)
+        self._executor.submit(self._labour, operation, needs)
+
+    def _labour(self, operation: Operation, needs: list[tuple[int, Need]]) -> None:
+        """Do what a call needs, in a worker's thread, and queue the operation again."""
+        task = operation.task or Task()
+        for index, need in needs:
+            try:
+                task.advance(0)
+                operation.made[index] = self._labours[need.labour](need, task)
+            except BrokerError as error:
+                operation.failure = error
+            except OSError as error:
+                operation.failure = error_of_system(error)
+            except Exception as error:
+                log.exception("a backend failed", labour=need.labour.value, id=need.snapshot.id)
+                operation.failure = Internal(f"the backend failed: {error!r}")
+        self._inbox.put(operation)
+
+    def _create(self, need: Need, task: Task) -> Made:
+        self._backend.create(need.snapshot, task)
+        return Made(need.labour, need.snapshot)
+
+    def _commit(self, need: Need, task: Task) -> Made:
+        return Made(need.labour, need.snapshot, self._backend.commit(need.snapshot, need.sync, task))
+
+    def _measure(self, need: Need, task: Task) -> Made:
+        return Made(need.labour, need.snapshot, self._backend.usage(need.snapshot, task))
+
+    def _let_go(self, operation: Operation) -> None:
+        if operation.needs:
+            self._verbs.holds.release(operation)
+        self._working.discard(operation)
+
+    def _undo(self, operation: Operation) -> None:
+        """Undo what the backend did for an operation that failed; its holds are released only after."""
+        self._let_go(operation)
+        for made in operation.made.values():
+            if made.labour is Labour.CREATE:
+                self._verbs.discard(made.snapshot.id)
+            elif made.labour is Labour.COMMIT:
+                self._after(lambda made=made: self._backend.revert(made.snapshot))  # type: ignore[misc]
+        operation.made.clear()
+
+    def statistics(self) -> dict[str, dict[str, int]]:
+        """For `status`."""
+        return {
+            "writer": {
+                "waiting": self._inbox.qsize(),
+                "limit": self._limits.waiting_max,
+                "turns": self._turns,
+                "operations": self._operations,
+                "largest_turn": self._largest,
+            },
+            "workers": {"working": len(self._working), "limit": self._limits.working_max},
+        }
+
+
+class _Draft:
+    """What a turn's transaction decided, to be acted on once it is committed."""
+
+    __slots__ = ("after", "errands", "failed", "needs", "results", "turn")
+
+    def __init__(self, turn: Turn) -> None:
+        self.turn = turn
+        self.results: list[tuple[Operation, list[Result]]] = []
+        self.needs: list[tuple[Operation, list[tuple[int, Need]]]] = []
+        self.after: list[Callable[[], None]] = []
+        self.errands: list[Errand] = []
+        self.failed: list[Operation] = []
+
+
+class _NeedsWork(Exception):  # noqa: N818 (it is no error: it ends the child transaction)
+    def __init__(self, index: int, need: Need) -> None:
+        super().__init__()
+        self.index = index
+        self.need = need
+
+
+_SYSTEM_ERRORS: Final = {
+    28: ResourceExhausted,  # ENOSPC
+    122: ResourceExhausted,  # EDQUOT
+    24: ResourceExhausted,  # EMFILE
+    23: ResourceExhausted,  # ENFILE
+    12: ResourceExhausted,  # ENOMEM
+}
+
+
+def error_of_system(error: OSError) -> BrokerError:
+    """The error of the contract for one of the operating system."""
+    where = f" ({error.filename})" if error.filename else ""
+    kind = _SYSTEM_ERRORS.get(error.errno or 0, Internal)
+    return kind(f"{error.strerror or error}{where}", {"errno": error.errno or 0})

@@ -1,0 +1,121 @@
+"""The LMDB environment of one actor: opened once, grown without losing a call, one format version.
+
+LMDB keeps its default sync: a commit that returned is on disk. The map is the file's greatest size; when a
+transaction hits it, the transaction is dropped, the map doubled and the work repeated: `write` therefore takes
+the work as a function that can be run again. Growing is only legal while no transaction of this process is
+open, so readers hold a gate while they read, and nobody keeps a read transaction across a page.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import lmdb
+import msgspec
+from snapbroker.errors import FailedPrecondition, Internal, ResourceExhausted
+
+if TYPE_CHECKING:
+    from lmdb import Transaction
+
+FORMAT: Final = 1
+"""Version of the records' layout; another one is refused at open."""
+
+T = TypeVar("T")
+
+
+class StoreLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Limits of one metadata database."""
+
+    map_initial_bytes: int = 1 << 30
+    """Size of the map at start; the file itself grows as records come."""
+    map_max_bytes: int = 1 << 40
+    """Where growing ends and writes get resource_exhausted."""
+
+
+class Environment:
+    """An open environment and its named databases."""
+
+    def __init__(self, path: Path, limits: StoreLimits) -> None:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._limits = limits
+        self._gate = threading.Lock()
+        size = (path / "data.mdb").stat().st_size if (path / "data.mdb").exists() else 0
+        try:
+            self._env = lmdb.open(
+                os.fspath(path),
+                map_size=max(limits.map_initial_bytes, 2 * size),
+                max_dbs=8,
+                max_spare_txns=4,
+                mode=0o600,
+                readahead=False,
+            )
+        except lmdb.Error as error:
+            raise Internal(f"cannot open the metadata database {path}: {error}") from error
+        self._env.reader_check()
+        with self._env.begin(write=True) as txn:
+            self.meta = self._env.open_db(b"meta", txn=txn)
+            self.snapshots = self._env.open_db(b"snapshots", txn=txn)
+            self.children = self._env.open_db(b"children", txn=txn)
+            self.references = self._env.open_db(b"references", txn=txn)
+            self.journal = self._env.open_db(b"journal", txn=txn)
+            self.topics = self._env.open_db(b"topics", txn=txn)
+            found = txn.get(b"format", db=self.meta)
+            if found is None:
+                txn.put(b"format", str(FORMAT).encode(), db=self.meta)
+            elif found != str(FORMAT).encode():
+                raise FailedPrecondition(
+                    f"the metadata database {path} has format {found.decode()}, this snapbrokerd reads {FORMAT}: "
+                    "run the version that wrote it"
+                )
+
+    @contextmanager
+    def read(self) -> Iterator[Transaction]:
+        """A read transaction, to be closed within a page's work; from any thread."""
+        with self._gate, self._env.begin() as txn:
+            yield txn
+
+    def write(self, work: Callable[[Transaction], T]) -> T:
+        """Run `work` in a write transaction and commit; repeat it in a larger map when this one is full."""
+        while True:
+            try:
+                with self._env.begin(write=True) as txn:
+                    return work(txn)
+            except lmdb.MapFullError:
+                self._grow()
+            except lmdb.Error as error:
+                raise Internal(f"the metadata database failed: {error}") from error
+
+    @contextmanager
+    def nested(self, txn: Transaction) -> Iterator[Transaction]:
+        """A child of `txn`: committed into it at the end, dropped alone on an exception."""
+        with self._env.begin(parent=txn, write=True) as child:
+            yield child
+
+    def _grow(self) -> None:
+        with self._gate:
+            size = int(self._env.info()["map_size"])
+            if size >= self._limits.map_max_bytes:
+                raise ResourceExhausted(
+                    f"the metadata database reached map_max_bytes={self._limits.map_max_bytes}: "
+                    "raise it in the configuration, or remove snapshots"
+                )
+            self._env.set_mapsize(min(2 * size, self._limits.map_max_bytes))
+
+    def statistics(self) -> dict[str, int]:
+        """Map size, bytes used, and readers, for `status`."""
+        info = self._env.info()
+        page = int(self._env.stat()["psize"])
+        return {
+            "map_bytes": int(info["map_size"]),
+            "used_bytes": int(info["last_pgno"] + 1) * page,
+            "readers": int(info["num_readers"]),
+        }
+
+    def close(self) -> None:
+        """Close; the environment cannot be used after."""
+        self._env.close()

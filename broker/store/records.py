@@ -1,0 +1,96 @@
+"""What one record looks like: a fixed header for the broker, and behind it the Info exactly as the wire sends it.
+
+A stat is then one lookup and a slice, without decoding anything. Header, 36 bytes, big endian: kind (1), flags
+(1), depth (2), id (8), parent's id (8), inodes (8), size (8). Depth is the number of ancestors.
+
+The index key is `namespace NUL name`. LMDB keys end at 511 bytes: a name over 400 bytes is indexed by its first
+400 bytes and a digest (D3), the full name being in the Info; readers that promise the order of names sort the
+run of keys that share the 400 bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import Final, NamedTuple
+
+import msgspec
+from snapbroker.contract import Info, Kind, Usage
+
+_HEADER: Final = struct.Struct(">BBHQQQQ")
+HEADER_BYTES: Final = _HEADER.size
+_KINDS: Final = (Kind.VIEW, Kind.ACTIVE, Kind.COMMITTED)
+_KIND_NUMBERS: Final = {kind: number for number, kind in enumerate(_KINDS)}
+BROKEN: Final = 1
+"""Flag: what the record promises is not on disk."""
+PLAIN_BYTES_MAX: Final = 400
+"""Names up to this length are indexed as they are."""
+_DIGEST_BYTES: Final = 32
+LONG_KEY_BYTES: Final = PLAIN_BYTES_MAX + _DIGEST_BYTES
+
+_decode_info = msgspec.msgpack.Decoder(Info).decode
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class Record(NamedTuple):
+    """A snapshot as it is stored; `info` is the encoded Info."""
+
+    kind: Kind
+    flags: int
+    depth: int
+    id: int
+    parent_id: int
+    inodes: int
+    size: int
+    info: bytes
+
+    @property
+    def broken(self) -> bool:
+        """Whether its files are missing."""
+        return bool(self.flags & BROKEN)
+
+    @property
+    def usage(self) -> Usage:
+        """The usage measured at commit; zero for the other kinds."""
+        return Usage(self.inodes, self.size)
+
+    def decoded(self) -> Info:
+        """The Info."""
+        return _decode_info(self.info)
+
+    def encode(self) -> bytes:
+        """The value that is stored."""
+        return (
+            _HEADER.pack(
+                _KIND_NUMBERS[self.kind],
+                self.flags,
+                self.depth,
+                self.id,
+                self.parent_id,
+                self.inodes,
+                self.size,
+            )
+            + self.info
+        )
+
+
+def decode_record(value: bytes | memoryview) -> Record:
+    """The record in a stored value; ValueError or struct.error when it is damaged."""
+    kind, flags, depth, id_, parent_id, inodes, size = _HEADER.unpack_from(value)
+    if kind >= len(_KINDS):
+        raise ValueError(f"unknown kind {kind}")
+    return Record(_KINDS[kind], flags, depth, id_, parent_id, inodes, size, bytes(value[HEADER_BYTES:]))
+
+
+def encode_info(info: Info) -> bytes:
+    """The Info as stored and as sent."""
+    return _encode(info)
+
+
+def index_key(namespace: str, name: str) -> bytes:
+    """Where the record of `name` is."""
+    encoded = name.encode()
+    if len(encoded) > PLAIN_BYTES_MAX:
+        digest = hashlib.blake2b(encoded, digest_size=_DIGEST_BYTES).digest()
+        encoded = encoded[:PLAIN_BYTES_MAX] + digest
+    return namespace.encode() + b"\0" + encoded

@@ -1,0 +1,209 @@
+"""Records, children and references of one actor, read and written inside a transaction that the caller holds."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from snapbroker.contract import SNAPSHOT_REF_LABEL, Info
+from snapbroker.errors import Internal, NotFound
+
+from broker.store.records import LONG_KEY_BYTES, PLAIN_BYTES_MAX, Record, decode_record, index_key
+
+if TYPE_CHECKING:
+    from lmdb import Cursor, Transaction
+
+    from broker.store.environment import Environment
+
+_PAIR: Final = struct.Struct(">QQ")
+_U64: Final = struct.Struct(">Q")
+_NEXT_ID: Final = b"next_id"
+_CHAIN_IDS_MAX: Final = 1 << 20
+"""Ids kept in the cache of chains: 8 MiB of pointers at most."""
+
+
+class Snapshots:
+    """The snapshots database with its two indexes: children by parent, and committed names by `snapshot.ref`."""
+
+    def __init__(self, environment: Environment) -> None:
+        self._db = environment.snapshots
+        self._children = environment.children
+        self._references = environment.references
+        self._meta = environment.meta
+        self._chains: OrderedDict[int, tuple[int, ...]] = OrderedDict()
+        self._chain_ids = 0
+
+    # One record.
+
+    def get(self, txn: Transaction, key: bytes) -> Record | None:
+        """The record at an index key."""
+        value = txn.get(key, db=self._db)
+        if value is None:
+            return None
+        try:
+            return decode_record(value)
+        except (ValueError, struct.error) as error:
+            raise Internal(f"the record of {key!r} is damaged ({error}): run `snapbrokerd doctor`") from error
+
+    def put(self, txn: Transaction, key: bytes, record: Record) -> None:
+        """Write a record over whatever is at the key; indexes are the caller's business."""
+        txn.put(key, record.encode(), db=self._db)
+
+    def insert(self, txn: Transaction, key: bytes, record: Record) -> None:
+        """Write a record that was not there, and its place among its parent's children."""
+        txn.put(key, record.encode(), db=self._db)
+        if record.parent_id:
+            txn.put(_PAIR.pack(record.parent_id, record.id), b"", db=self._children)
+
+    def delete(self, txn: Transaction, key: bytes, record: Record) -> None:
+        """Delete a record and its place among its parent's children."""
+        txn.delete(key, db=self._db)
+        if record.parent_id:
+            txn.delete(_PAIR.pack(record.parent_id, record.id), db=self._children)
+
+    def has_children(self, txn: Transaction, id_: int) -> bool:
+        """Whether any snapshot has `id_` as its immediate parent (D6)."""
+        with txn.cursor(db=self._children) as cursor:
+            return cursor.set_range(_PAIR.pack(id_, 0)) and cursor.key()[:8] == _U64.pack(id_)
+
+    # Chains.
+
+    def chain(self, txn: Transaction, namespace: str, parent: str, record: Record) -> tuple[int, ...]:
+        """The ids from the committed snapshot `parent`, whose record is given, up to its root (C10)."""
+        known = self._chains.get(record.id)
+        if known is not None:
+            self._chains.move_to_end(record.id)
+            return known
+        walked: list[int] = []
+        above: tuple[int, ...] = ()
+        while True:
+            walked.append(record.id)
+            if not record.parent_id:
+                break
+            parent = record.decoded().parent
+            found = self.get(txn, index_key(namespace, parent))
+            if found is None:
+                raise NotFound(f"parent {parent!r} in the chain does not exist")
+            cached = self._chains.get(found.id)
+            if cached is not None:
+                above = cached
+                break
+            record = found
+        chain = tuple(walked) + above
+        self._remember(chain)
+        return chain
+
+    def _remember(self, chain: tuple[int, ...]) -> None:
+        self._chains[chain[0]] = chain
+        self._chain_ids += len(chain)
+        while self._chain_ids > _CHAIN_IDS_MAX and len(self._chains) > 1:
+            _, dropped = self._chains.popitem(last=False)
+            self._chain_ids -= len(dropped)
+
+    # References: "do you have this?" (C93-C96).
+
+    def refer(self, txn: Transaction, namespace: str, info: Info, id_: int) -> None:
+        """Index a committed snapshot under its `snapshot.ref` label, if it has one."""
+        reference = info.labels.get(SNAPSHOT_REF_LABEL)
+        if reference:
+            txn.put(_reference_key(namespace, reference) + _U64.pack(id_), info.name.encode(), db=self._references)
+
+    def unrefer(self, txn: Transaction, namespace: str, info: Info, id_: int) -> None:
+        """Take it out of the index."""
+        reference = info.labels.get(SNAPSHOT_REF_LABEL)
+        if reference:
+            txn.delete(_reference_key(namespace, reference) + _U64.pack(id_), db=self._references)
+
+    def referred(self, txn: Transaction, namespace: str, reference: str) -> list[str]:
+        """The names of the committed snapshots that carry the reference."""
+        prefix = _reference_key(namespace, reference)
+        names: list[str] = []
+        with txn.cursor(db=self._references) as cursor:
+            found = cursor.set_range(prefix)
+            while found and cursor.key()[: len(prefix)] == prefix:
+                names.append(bytes(cursor.value()).decode())
+                found = cursor.next()
+        return names
+
+    # Scans.
+
+    def page(
+        self, txn: Transaction, namespace: str, after: str, scan_max: int
+    ) -> tuple[list[tuple[str | None, Record]], bool]:
+        """Up to about `scan_max` records behind the name `after`, by name, and whether that was the end.
+
+        The name is given only where it had to be decoded. A run of long names that share their first 400 bytes
+        is taken whole, because only the full names tell its order (D3).
+        """
+        prefix = namespace.encode() + b"\0"
+        start = index_key(namespace, after) if after else prefix
+        if len(start) == len(prefix) + LONG_KEY_BYTES:
+            start = start[: len(prefix) + PLAIN_BYTES_MAX]
+        rows: list[tuple[str | None, Record]] = []
+        with txn.cursor(db=self._db) as cursor:
+            found = cursor.set_range(start)
+            if found and after and cursor.key() == index_key(namespace, after) == start:
+                found = cursor.next()
+            while found:
+                key, value = bytes(cursor.key()), cursor.value()
+                if not key.startswith(prefix):
+                    return rows, True
+                if len(key) == len(prefix) + LONG_KEY_BYTES:
+                    run, found = self._long_run(cursor, key[:-32])
+                    rows.extend(item for item in run if item[0] > after)  # type: ignore[operator]
+                else:
+                    rows.append((None, decode_record(value)))
+                    found = cursor.next()
+                if len(rows) >= scan_max:
+                    return rows, not found
+        return rows, True
+
+    @staticmethod
+    def _long_run(cursor: Cursor, stem: bytes) -> tuple[list[tuple[str | None, Record]], bool]:
+        run: list[tuple[str | None, Record]] = []
+        found = True
+        while found:
+            key = bytes(cursor.key())
+            if len(key) != len(stem) + 32 or not key.startswith(stem):
+                break
+            record = decode_record(cursor.value())
+            run.append((record.decoded().name, record))
+            found = cursor.next()
+        run.sort(key=lambda item: str(item[0]).encode())
+        return run, found
+
+    def scan(self, txn: Transaction, after: bytes, count: int) -> Iterator[tuple[bytes, Record]]:
+        """Up to `count` records of all namespaces behind the index key `after`, in the index's order."""
+        with txn.cursor(db=self._db) as cursor:
+            found = cursor.set_range(after) if after else cursor.first()
+            if found and after and cursor.key() == after:
+                found = cursor.next()
+            while found and count:
+                yield bytes(cursor.key()), decode_record(cursor.value())
+                count -= 1
+                found = cursor.next()
+
+    def count(self, txn: Transaction) -> int:
+        """How many snapshots there are."""
+        return int(txn.stat(db=self._db)["entries"])
+
+    # Ids.
+
+    def next_id(self, txn: Transaction) -> int:
+        """The first id that no transaction has reserved; ids below were perhaps used (D4)."""
+        value = txn.get(_NEXT_ID, db=self._meta)
+        return int(_U64.unpack(value)[0]) if value else 1
+
+    def reserve_ids(self, txn: Transaction, first: int, count: int) -> None:
+        """Note that ids up to `first + count - 1` may be used from this commit on."""
+        txn.put(_NEXT_ID, _U64.pack(first + count), db=self._meta)
+
+
+def _reference_key(namespace: str, reference: str) -> bytes:
+    return namespace.encode() + b"\0" + hashlib.blake2b(reference.encode(), digest_size=_DIGEST).digest()
+
+
+_DIGEST: Final = 32
