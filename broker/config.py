@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
-from snapbroker.errors import InvalidArgument
+from snapbroker.errors import BrokerError, InvalidArgument
 
+from backends import registry
 from broker.snapshotter.limits import SnapshotterLimits
 
 
@@ -142,31 +143,58 @@ def load(path: Path | None) -> Config:
         raise InvalidArgument(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidArgument(f"{path}: not TOML: {error}") from None
-    try:
-        config = msgspec.convert(table, Config)
-    except msgspec.ValidationError as error:
-        raise InvalidArgument(f"{path}: {_where(str(error))}") from None
+    sections = table.pop("snapshotters", {})
+    if not isinstance(sections, dict):
+        raise InvalidArgument(f"{path}: snapshotters: expected one table a snapshotter, [snapshotters.NAME]")
+    config = _convert(table, Config, f"{path}: ")
+    snapshotters = {
+        name: _convert(section, SnapshotterSection, f"{path}: snapshotters.{name}", ".")
+        for name, section in sections.items()
+    }
+    config = msgspec.structs.replace(config, snapshotters=snapshotters)
     check(config, str(path))
     return config
 
 
-def _where(message: str) -> str:
-    """`Expected int, got str - at $.router.x` as `router.x: expected int, got str`."""
-    reason, _, where = message.partition(" - at `$.")
-    return f"{where.rstrip('`')}: {reason}" if where else reason
+T = TypeVar("T")
+
+
+def _convert(table: object, kind: type[T], where: str, separator: str = "") -> T:
+    """A table as its type; the error has the key's whole path, which msgspec does not tell of a dict's members."""
+    try:
+        return msgspec.convert(table, kind)
+    except (msgspec.ValidationError, OverflowError) as error:
+        reason, _, key = str(error).partition(" - at `$.")
+        key = key.rstrip("`")
+        raise InvalidArgument(f"{where}{separator if key else ''}{key}: {reason}".replace(": :", ":")) from None
 
 
 def check(config: Config, source: str) -> None:
-    """What types cannot say: names, ranges, path lengths."""
-    for name in config.snapshotters:
-        if not 0 < len(name) <= NAME_CHARACTERS_MAX or not set(name) <= NAME_CHARACTERS:
-            raise InvalidArgument(
-                f"{source}: snapshotters.{name}: a name has 1 to {NAME_CHARACTERS_MAX} letters, digits, '.', '_', '-'"
-            )
-    for key, endpoint in (
-        ("endpoint", config.router_endpoint),
-        ("events_endpoint", config.publisher_endpoint),
-    ):
+    """What types cannot say: names, ranges, places, backends and their options."""
+    for key in ("root", "runtime"):
+        _check_absolute(getattr(config, key), key, source)
+    _check_endpoints(config, source)
+    if config.log_level not in ("debug", "info", "warning", "error"):
+        raise InvalidArgument(f"{source}: log_level: {config.log_level!r} is not debug, info, warning or error")
+    if config.log_format not in ("auto", "json", "console"):
+        raise InvalidArgument(f"{source}: log_format: {config.log_format!r} is not auto, json or console")
+    _check_numbers(msgspec.to_builtins(config), "", source)
+    roots: dict[str, str] = {}
+    for name, section in config.snapshotters.items():
+        _check_section(name, section, source)
+        root = os.path.normpath(section.root or config.root_path / name)
+        if root in roots:
+            raise InvalidArgument(f"{source}: snapshotters.{name}.root: {root} is the root of {roots[root]} already")
+        roots[root] = name
+
+
+def _check_absolute(path: str, key: str, source: str) -> None:
+    if path and not os.path.isabs(path):
+        raise InvalidArgument(f"{source}: {key}: {path!r} is not an absolute path, and mounts are told by path")
+
+
+def _check_endpoints(config: Config, source: str) -> None:
+    for key, endpoint in (("endpoint", config.router_endpoint), ("events_endpoint", config.publisher_endpoint)):
         scheme, _, address = endpoint.partition("://")
         if scheme not in ("ipc", "tcp") or not address:
             raise InvalidArgument(f"{source}: {key}: {endpoint!r} is not ipc://PATH or tcp://ADDRESS:PORT")
@@ -174,20 +202,41 @@ def check(config: Config, source: str) -> None:
             raise InvalidArgument(
                 f"{source}: {key}: the socket's path has over {IPC_PATH_BYTES_MAX} bytes: choose a shorter runtime"
             )
-        if scheme == "tcp" and not address.startswith(("127.", "[::1]", "localhost:")):
-            raise InvalidArgument(f"{source}: {key}: {endpoint!r} is not loopback, and tcp carries no authentication")
-    if config.log_level not in ("debug", "info", "warning", "error"):
-        raise InvalidArgument(f"{source}: log_level: {config.log_level!r} is not debug, info, warning or error")
-    if config.log_format not in ("auto", "json", "console"):
-        raise InvalidArgument(f"{source}: log_format: {config.log_format!r} is not auto, json or console")
-    _check_positive(msgspec.to_builtins(config), "", source)
+        if scheme == "tcp":
+            host, _, port = address.rpartition(":")
+            if not (port == "*" or (port.isdecimal() and int(port) < 65536)) or not host:
+                raise InvalidArgument(f"{source}: {key}: {endpoint!r} has no port: tcp://ADDRESS:PORT")
+            if host not in ("[::1]", "localhost") and not host.startswith("127."):
+                raise InvalidArgument(
+                    f"{source}: {key}: {endpoint!r} is not loopback, and tcp carries no authentication"
+                )
 
 
-def _check_positive(table: dict[str, Any], where: str, source: str) -> None:
+def _check_section(name: str, section: SnapshotterSection, source: str) -> None:
+    where = f"{source}: snapshotters.{name}"
+    if not 0 < len(name) <= NAME_CHARACTERS_MAX or not set(name) <= NAME_CHARACTERS or name in (".", ".."):
+        raise InvalidArgument(f"{where}: a name has 1 to {NAME_CHARACTERS_MAX} letters, digits, '.', '_', '-'")
+    for key in ("root", "metadata"):
+        _check_absolute(getattr(section, key), f"snapshotters.{name}.{key}", source)
+    try:
+        kind = registry.load(section.backend or name)
+    except BrokerError as error:
+        raise InvalidArgument(f"{where}.backend: {error.message}") from None
+    _convert(section.options, kind.Options, f"{where}.options", ".")
+
+
+def _check_numbers(table: dict[str, Any], where: str, source: str) -> None:
     for key, value in table.items():
         if isinstance(value, dict) and key != "options":
-            _check_positive(value, f"{where}{key}.", source)
+            _check_numbers(value, f"{where}{key}.", source)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            may_be_zero = key in ("workers", "pool_min")
-            if value < 0 or (value == 0 and not may_be_zero):
-                raise InvalidArgument(f"{source}: {where}{key}: must be above 0, not {value}")
+            lowest = 0 if key in ("workers", "pool_min") else 1e-3
+            highest = BYTES_MAX if key.endswith("bytes") or "_bytes_" in key else NUMBER_MAX
+            if not lowest <= value <= highest:
+                raise InvalidArgument(f"{source}: {where}{key}: must be above 0 and at most {highest}, not {value}")
+
+
+NUMBER_MAX: Final = 2**31 - 1
+"""Largest count or time: what the sockets' options hold."""
+BYTES_MAX: Final = 2**46
+"""Largest size: what the processor's address space holds of a map."""

@@ -1,4 +1,4 @@
-"""Structured logs on standard error: JSON for machines, readable lines on a terminal; set up by the process's main alone."""
+"""Structured logs on standard error: JSON for machines, lines on a terminal, set up by a process's main alone."""
 
 from __future__ import annotations
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import stat
-import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -16,12 +14,13 @@ import anyio
 import msgspec
 import structlog
 import zmq
-from snapbroker.errors import BrokerError, FailedPrecondition, InvalidArgument, Unimplemented
+from snapbroker.errors import BrokerError, FailedPrecondition, Unimplemented
 from snapbroker.protocol import Outcome, Reply, Status, StatusAnswer, decode_request, encode, fault
 
 from backends import registry
 from broker.actor.supervisor import Actor, Supervisor, figures
 from broker.config import Config, SnapshotterSection
+from broker.lock import lock_directory
 from broker.publisher import Publisher
 from broker.router import Router
 from broker.snapshotter.actor import Setup
@@ -71,8 +70,6 @@ def _examine(config: Config, name: str, section: SnapshotterSection) -> Finding:
         found = kind.probe(root, options)
     except BrokerError as error:
         missing = (error.message,)
-    except msgspec.ValidationError as error:
-        raise InvalidArgument(f"snapshotters.{name}.options: {error}") from None
     except OSError as error:
         missing = (f"{error.strerror}: {error.filename}",)
     return Finding(
@@ -93,8 +90,13 @@ class Server:
         self._started = time.monotonic()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._context.set(zmq.MAX_SOCKETS, 4096)
-        self._private = tempfile.mkdtemp(prefix="actors-", dir=self._runtime())
-        self._back = f"ipc://{self._private}/actors.sock"
+        runtime = config.runtime_path
+        self._lock = lock_directory(runtime, "--runtime", mode=0o755)
+        for finding in findings:
+            os.close(lock_directory(Path(finding.root), "--root"))
+        self._private = runtime / "actors"
+        self._private.mkdir(mode=0o700, exist_ok=True)
+        self._back = f"ipc://{self._private}/router.sock"
         old = os.umask(0o777 & ~config.socket_mode)
         try:
             self._publisher = Publisher(self._context, config.publisher_endpoint, config.publisher)
@@ -108,21 +110,14 @@ class Server:
             )
         except zmq.ZMQError as error:
             raise FailedPrecondition(
-                f"cannot bind {config.router_endpoint} and {config.publisher_endpoint}: {error.strerror}"
+                f"cannot bind {config.router_endpoint} and {config.publisher_endpoint}: {error.strerror}: "
+                "choose another --runtime or other endpoints"
             ) from None
         finally:
             os.umask(old)
         self._supervisor = Supervisor(config.supervisor)
         for finding in findings:
             self._add(finding)
-
-    def _runtime(self) -> Path:
-        runtime = self._config.runtime_path
-        runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
-        for endpoint in (self._config.router_endpoint, self._config.publisher_endpoint):
-            if endpoint.startswith("ipc://"):
-                _refuse_second(Path(endpoint.removeprefix("ipc://")))
-        return runtime
 
     def _add(self, finding: Finding) -> None:
         section = finding.section
@@ -228,24 +223,9 @@ class Server:
         for path in (self._back, self._config.router_endpoint, self._config.publisher_endpoint):
             if path.startswith("ipc://"):
                 Path(path.removeprefix("ipc://")).unlink(missing_ok=True)
-        os.rmdir(self._private)
+        self._private.rmdir()
+        os.close(self._lock)
         log.info("stopped")
-
-
-def _refuse_second(path: Path) -> None:
-    """FailedPrecondition when somebody listens on a socket, which a bind would silently take away from it."""
-    try:
-        is_socket = stat.S_ISSOCK(path.stat().st_mode)
-    except FileNotFoundError:
-        return
-    if not is_socket:
-        raise FailedPrecondition(f"{path} exists and is no socket: choose another --runtime")
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(os.fspath(path))
-        except OSError:
-            return
-    raise FailedPrecondition(f"a broker already serves {path}: stop it, or give this one another --runtime")
 
 
 def notify(message: str) -> None:
@@ -255,8 +235,11 @@ def notify(message: str) -> None:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-        channel.sendto(message.encode(), address)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as channel:
+        try:
+            channel.sendto(message.encode(), address)
+        except OSError as error:
+            log.warning("the service manager cannot be told", message=message, error=str(error))
 
 
 def version() -> str:

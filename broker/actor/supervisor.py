@@ -113,7 +113,7 @@ class Supervisor:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self.actors: dict[str, Actor] = {}
-        self._stopping = False
+        self._stop = anyio.Event()
 
     def add(self, actor: Actor) -> None:
         """Take an actor under supervision."""
@@ -132,7 +132,8 @@ class Supervisor:
             actor.restarts += 1
             actor.retry_after_ms = pause
             log.warning("an actor is restarted", actor=actor.name, pause_ms=pause, restarts=actor.restarts)
-            await anyio.sleep(pause / 1000)
+            with anyio.move_on_after(pause / 1000):
+                await self._stop.wait()
             pause = min(2 * pause, self._limits.backoff_max_ms)
         actor.state = "stopped"
 
@@ -155,7 +156,7 @@ class Supervisor:
                 tasks.start_soon(self._watch, actor, process)
                 status = await process.wait()
                 tasks.cancel_scope.cancel()
-            if not self._stopping:
+            if not self._is_stopping():
                 log.error("an actor died", actor=actor.name, pid=actor.pid, exit_status=status)
         finally:
             if process.returncode is None:
@@ -191,11 +192,14 @@ class Supervisor:
             await anyio.sleep(silence_max - silent + 0.01)
 
     def _is_stopping(self) -> bool:
-        return self._stopping
+        return self._stop.is_set()
 
     def stopping(self) -> None:
-        """Restart nothing from here on."""
-        self._stopping = True
+        """Restart nothing from here on; an actor that is still starting has accepted nothing and is ended."""
+        self._stop.set()
+        for actor in self.actors.values():
+            if actor.state == "starting" and actor.pid:
+                os.kill(actor.pid, signal.SIGKILL)
 
     async def kill_late(self) -> None:
         """Kill what has not ended in time after a stop."""

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.to_thread
 import msgspec
 import structlog
-from snapbroker.errors import FailedPrecondition
 from snapbroker.protocol import ActorStatus, encode
 
 from backends import registry
 from backends.api import Pooled
+from broker.lock import lock_directory
+from broker.snapshotter.hands import IDLE_S, Hand, Place
 from broker.snapshotter.ids import Ids
 from broker.snapshotter.limits import SnapshotterLimits
 from broker.snapshotter.operations import Delivery
@@ -37,6 +37,10 @@ SWITCH_INTERVAL_S = 0.0005
 """How long a thread may keep the interpreter from the loop: reads are answered while the writer computes."""
 
 
+DELETER_NICENESS = 10
+"""Deleting gets what nobody else wants of the processors."""
+
+
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """What an actor's process is told at its start."""
 
@@ -46,7 +50,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     metadata: str
     endpoint: str
     identity: str
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     limits: SnapshotterLimits = SnapshotterLimits()
     log_level: str = "info"
     log_format: str = "json"
@@ -62,18 +66,19 @@ class SnapshotterActor:
         self._stop = anyio.Event()
         limits = setup.limits
         root = Path(setup.root)
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock = lock_root(root)
+        self._lock = lock_directory(root, "root")
         backend_type = registry.load(setup.backend)
         self.backend = backend_type.open(root, msgspec.convert(setup.options, backend_type.Options))
         self._environment = Environment(Path(setup.metadata), limits.store)
         snapshots = Snapshots(self._environment)
         self._journal = Journal(self._environment, setup.name, limits.journal)
         ids = Ids(self._environment, snapshots)
+        place = Place(setup.backend, setup.root, setup.options)
+        self._stocker, self._deleter = Hand(place, 0), Hand(place, DELETER_NICENESS)
         self._pool = (
-            Pool(self.backend, ids, limits.pool) if isinstance(self.backend, Pooled) and limits.pool.pool_min else None
+            Pool(self._stocker, ids, limits.pool) if isinstance(self.backend, Pooled) and limits.pool.pool_min else None
         )
-        self._trash = Trash(self.backend)
+        self._trash = Trash(self.backend, self._deleter, IDLE_S)
         layers_max = min(limits.layers_max, getattr(self.backend, "layers_max", limits.layers_max))
         verbs = Verbs(self.backend, snapshots, ids, self._pool, self._trash, layers_max)
         self._deliver: Callable[[Delivery], None] = lambda _delivery: None
@@ -82,6 +87,7 @@ class SnapshotterActor:
             self._journal,
             verbs,
             ids,
+            self._pool,
             self.backend,
             limits.writer,
             lambda delivery: self._deliver(delivery),
@@ -122,6 +128,8 @@ class SnapshotterActor:
             self._trash.stop()
             if self._pool is not None:
                 self._pool.stop()
+            self._stocker.close()
+            self._deleter.close()
         self.backend.close()
         self._environment.close()
         os.close(self._lock)
@@ -162,25 +170,3 @@ def thread_safe(call: Callable[[Delivery], None]) -> Callable[[Delivery], None]:
         soon(call, delivery)
 
     return deliver
-
-
-LOCK_WAIT_S = 5.0
-"""How long a start waits for the actor of a killed daemon to be gone."""
-
-
-def lock_root(root: Path) -> int:
-    """An exclusive lock on the root, held as long as the descriptor is open; FailedPrecondition when another has it."""
-    descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    patience = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            if time.monotonic() > patience:
-                os.close(descriptor)
-                raise FailedPrecondition(
-                    f"{root} is in use by another snapbrokerd: stop it, or give this one another --root"
-                ) from None
-            time.sleep(0.02)
-        else:
-            return descriptor

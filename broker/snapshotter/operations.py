@@ -30,9 +30,10 @@ class Requester(Protocol):
 
 
 class Labour(enum.Enum):
-    """What a backend does for a call beside the transaction (D8)."""
+    """What a backend does for a call beside the transaction (D8); STOCK is a wait for the pool's next batch."""
 
     CREATE = "create"
+    STOCK = "stock"
     COMMIT = "commit"
     MEASURE = "measure"
 

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 import structlog
-from snapbroker.errors import BrokerError
+from snapbroker.errors import BrokerError, Unavailable
 
 from backends.api import Task
+from broker.snapshotter.errors import error_of_system
 
 if TYPE_CHECKING:
-    from backends.api import Pooled
+    from collections.abc import Sequence
+
     from broker.snapshotter.ids import Ids
 
 log = structlog.get_logger()
 
-BATCH: Final = 256
-"""Directories made for one flush."""
+BATCH: Final = 128
+"""Directories made for one flush: about ten milliseconds of work."""
 
 
 class PoolLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -34,18 +37,38 @@ class PoolLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """Ready directories aimed for when idle."""
     pool_max: int = 8192
     """Ready directories aimed for at most, after bursts."""
-    pool_idle_s: float = 60.0
-    """After this long without a prepare the aim goes back to `pool_min`."""
+    pool_idle_s: float = 20.0
+    """After this long without a prepare the aim is halved, down to `pool_min`, and the stocking process ends."""
+
+
+RETRY_S: Final = 1.0
+"""Pause after directories could not be made, unless somebody asks for one."""
+
+Waiter = Callable[[int | BrokerError], None]
+
+
+class Stocker(Protocol):
+    """Who makes directories: see `broker.snapshotter.hands`."""
+
+    def stock(self, ids: Sequence[int], task: Task) -> None:
+        """Make the directories of all `ids`, durable on return."""
+        ...
+
+    def let_go(self) -> None:
+        """There is nothing to make at the moment."""
+        ...
 
 
 class Pool:
     """Ready directories by id; `take` from the writer, the stocking in a thread of its own."""
 
-    def __init__(self, backend: Pooled, ids: Ids, limits: PoolLimits) -> None:
-        self._backend = backend
+    def __init__(self, stocker: Stocker, ids: Ids, limits: PoolLimits) -> None:
+        self._stocker = stocker
         self._ids = ids
         self._limits = limits
+        self._lock = threading.Lock()
         self._ready: deque[int] = deque()
+        self._parked: deque[Waiter] = deque()
         self._aim = limits.pool_min
         self._wake = threading.Event()
         self._task = Task()
@@ -54,44 +77,70 @@ class Pool:
         self._failures = 0
 
     def take(self) -> int | None:
-        """A ready directory's id, or None when there is none at the moment."""
-        try:
+        """A ready directory's id, or None when there is none at the moment, or others wait for one."""
+        with self._lock:
+            if not self._ready or self._parked:
+                return None
             id_ = self._ready.popleft()
-        except IndexError:
-            self._dry += 1
-            self._aim = min(2 * self._aim, self._limits.pool_max)
-            self._wake.set()
-            return None
         self._taken += 1
         if len(self._ready) * 2 < self._aim:
             self._wake.set()
         return id_
 
-    def give_back(self, id_: int) -> None:
-        """A directory that was taken and not used after all."""
-        self._ready.appendleft(id_)
+    def park(self, waiter: Waiter) -> None:
+        """Call `waiter`, from the pool's thread, with the id of a directory that is still to be made, or an error."""
+        self._dry += 1
+        self._aim = min(2 * self._aim, self._limits.pool_max)
+        with self._lock:
+            self._parked.append(waiter)
+        self._wake.set()
 
     def run(self) -> None:
         """Keep the pool stocked until `stop`; the body of a thread."""
         while not self._stopped():
-            missing = self._aim - len(self._ready)
+            missing = self._aim - len(self._ready) + len(self._parked)
             if missing <= 0:
-                self._wake.clear()
-                if len(self._ready) >= self._aim and not self._wake.wait(self._limits.pool_idle_s):
-                    self._aim = max(self._limits.pool_min, self._aim // 2)
+                self._rest()
                 continue
             try:
                 ids = self._ids.take_many(min(missing, BATCH))
-                self._backend.stock(ids, self._task)
-            except (OSError, BrokerError) as error:
-                if self._stopped():
-                    return
-                self._failures += 1
-                log.warning("the pool cannot be stocked", error=str(error), ready=len(self._ready))
-                self._wake.clear()
-                self._wake.wait(1.0)
-                continue
+                self._stocker.stock(ids, self._task)
+            except OSError as error:
+                self._failed(error_of_system(error))
+            except BrokerError as error:
+                self._failed(error)
+            else:
+                self._shelve(ids)
+        self._failed(Unavailable("the snapshotter is stopping"))
+
+    def _rest(self) -> None:
+        """There is enough: wait until there is not, and aim lower after a quiet while."""
+        self._wake.clear()
+        if len(self._ready) >= self._aim and not self._parked and not self._wake.wait(self._limits.pool_idle_s):
+            self._aim = max(self._limits.pool_min, self._aim // 2)
+            self._stocker.let_go()
+
+    def _shelve(self, ids: list[int]) -> None:
+        """Who waits is served first."""
+        with self._lock:
             self._ready.extend(ids)
+            served = [(self._parked.popleft(), self._ready.popleft()) for _ in range(min(len(self._parked), len(ids)))]
+        self._taken += len(served)
+        for waiter, id_ in served:
+            waiter(id_)
+
+    def _failed(self, error: BrokerError) -> None:
+        """Tell who waits, and try again a little later."""
+        with self._lock:
+            parked, self._parked = self._parked, deque()
+        for waiter in parked:
+            waiter(error)
+        if self._stopped():
+            return
+        self._failures += 1
+        log.warning("the pool cannot be stocked", error=error.message, ready=len(self._ready))
+        self._wake.clear()
+        self._wake.wait(RETRY_S)
 
     def _stopped(self) -> bool:
         return self._task.cancelled
@@ -107,6 +156,7 @@ class Pool:
             "ready": len(self._ready),
             "aim": self._aim,
             "taken": self._taken,
+            "waiting": len(self._parked),
             "ran_dry": self._dry,
             "failures": self._failures,
         }

@@ -55,8 +55,9 @@ from snapbroker.protocol import (
 )
 
 from backends.api import Snapshot, Task
+from broker.snapshotter.errors import error_of_system
 from broker.snapshotter.operations import Delivery, Operation, Result
-from broker.snapshotter.writer import Errand, error_of_system
+from broker.snapshotter.writer import Errand
 
 if TYPE_CHECKING:
     from broker.snapshotter.reader import Reader

@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 from snapbroker.contract import Usage
@@ -26,20 +26,36 @@ log = structlog.get_logger()
 
 QUEUE_MAX: Final = 65_536
 """Tokens kept in memory; beyond, the directory on disk is the queue."""
+BATCH: Final = 64
+"""Tokens deleted between two looks at the queue."""
+
+
+class Deleter(Protocol):
+    """Who deletes: see `broker.snapshotter.hands`."""
+
+    def delete(self, tokens: Sequence[str], task: Task) -> dict[str, str]:
+        """Delete discarded entries; what could not be deleted, with the reason."""
+        ...
+
+    def let_go(self) -> None:
+        """There is nothing to delete at the moment."""
+        ...
 
 
 class Trash:
-    """The discarded entries of one backend, deleted one after the other by the thread that runs `run`.
+    """The discarded entries of one backend, deleted in their order by the thread that runs `run`.
 
     Order is what lets somebody wait: entries go in the order they came. Once the queue overflowed, the disk is the
     queue and has no order, so whoever waits then waits until the overflow is gone.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, deleter: Deleter, idle_s: float) -> None:
         self._backend = backend
+        self._deleter = deleter
+        self._idle_s = idle_s
         self._condition = threading.Condition()
-        self._queue: deque[int | str] = deque()
-        self._sizes: dict[int | str, Usage] = {}
+        self._queue: deque[str] = deque()
+        self._sizes: dict[str, Usage] = {}
         self._task = Task()
         self._overflow = False
         self._bytes = 0
@@ -50,62 +66,70 @@ class Trash:
 
     def discard(self, id_: int, usage: Usage | None) -> None:
         """Put the files of a removed snapshot aside; `usage` where it is known."""
+        self._backend.discard(id_)
+        token = str(id_)
         with self._condition:
             self._added += 1
-            if not self._overflow and len(self._queue) < QUEUE_MAX:
-                self._queue.append(id_)
-                if usage is not None:
-                    self._sizes[id_] = usage
-                    self._bytes += usage.size
-                self._condition.notify()
+            if self._overflow or len(self._queue) >= QUEUE_MAX:
+                self._overflow = True
                 return
-            self._overflow = True
-        self._put_aside(id_)
-
-    def _put_aside(self, id_: int) -> None:
-        try:
-            self._backend.discard(id_)
-        except (OSError, BrokerError) as error:
-            log.warning("a removed snapshot's files cannot be put aside", id=id_, error=str(error))
+            self._queue.append(token)
+            if usage is not None:
+                self._sizes[token] = usage
+                self._bytes += usage.size
+            self._condition.notify()
 
     def recover(self, tokens: Iterable[str]) -> None:
         """Take over what an earlier run, or an earlier attempt, had put aside."""
         with self._condition:
             before = len(self._queue)
-            self._queue.extend(tokens)
+            self._queue.extend(itertools.islice(tokens, QUEUE_MAX))
             self._added += len(self._queue) - before
             self._condition.notify()
 
     def run(self) -> None:
         """Delete until `stop`; the body of a thread."""
-        while (entry := self._next()) is not None:
-            self._delete(entry)
+        while tokens := self._next():
+            failed = self._delete(tokens)
             with self._condition:
-                self._deleted += 1
-                usage = self._sizes.pop(entry, None)
-                self._bytes -= usage.size if usage else 0
+                self._deleted += len(tokens)
+                for token in tokens:
+                    usage = self._sizes.pop(token, None)
+                    self._bytes -= usage.size if usage else 0
+                    self._failed.pop(token, None)
+                self._failed.update(failed)
                 ready = self._take_ready()
             for call in ready:
                 call()
+        self._deleter.let_go()
 
-    def _next(self) -> int | str | None:
+    def _next(self) -> list[str]:
+        """Some tokens to delete; empty at the end."""
         while True:
             with self._condition:
-                while not self._queue and not self._overflow and not self._task.cancelled:
-                    self._condition.wait()
-                if self._task.cancelled:
-                    return None
+                while not self._queue and not self._overflow and not self._stopped():
+                    if not self._condition.wait(self._idle_s):
+                        self._deleter.let_go()
+                if self._stopped():
+                    return []
                 if self._queue:
-                    return self._queue.popleft()
-            tokens = list(itertools.islice(self._backend.discarded(), QUEUE_MAX))
-            with self._condition:
-                self._queue.extend(token for token in tokens if token not in self._failed)
-                if not self._queue:
-                    self._overflow = False
-                    self._deleted = self._added
-                ready = self._take_ready()
-            for call in ready:
-                call()
+                    return [self._queue.popleft() for _ in range(min(BATCH, len(self._queue)))]
+            self._refill()
+
+    def _refill(self) -> None:
+        """After an overflow: what the disk has."""
+        tokens = list(itertools.islice(self._backend.discarded(), QUEUE_MAX))
+        with self._condition:
+            self._queue.extend(token for token in tokens if token not in self._failed)
+            if not self._queue:
+                self._overflow = False
+                self._deleted = self._added
+            ready = self._take_ready()
+        for call in ready:
+            call()
+
+    def _stopped(self) -> bool:
+        return self._task.cancelled
 
     def _take_ready(self) -> list[Callable[[], None]]:
         if self._overflow or not self._waiters:
@@ -114,17 +138,16 @@ class Trash:
         self._waiters = [(mark, call) for mark, call in self._waiters if mark > self._deleted]
         return ready
 
-    def _delete(self, entry: int | str) -> None:
-        token = str(entry)
+    def _delete(self, tokens: list[str]) -> dict[str, str]:
         try:
-            if isinstance(entry, int):
-                self._backend.discard(entry)
-            self._backend.delete(token, self._task)
-            self._failed.pop(token, None)
+            failed = self._deleter.delete(tokens, self._task)
         except (OSError, BrokerError) as error:
-            if not self._task.cancelled:
-                self._failed[token] = str(error)
-                log.warning("a removed snapshot's files cannot be deleted", token=token, error=str(error))
+            if self._stopped():
+                return {}
+            failed = dict.fromkeys(tokens, str(error))
+        for token, reason in failed.items():
+            log.warning("a removed snapshot's files cannot be deleted", token=token, error=reason)
+        return failed
 
     def when_empty(self, call: Callable[[], None]) -> Callable[[], None]:
         """Call `call`, from any thread, once all that is put aside by this moment is deleted; returns an undo.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from snapbroker.contract import (
@@ -70,18 +71,22 @@ class Holds:
         if need.pins:
             self.pins[need.pins] += 1
 
+    def drop(self, operation: Operation, need: Need) -> None:
+        """Let go of what `need` touches."""
+        operation.needs.remove(need)
+        if need.creates is not None:
+            self.creates.pop(need.creates, None)
+        if need.consumes is not None:
+            self.consumes.pop(need.consumes, None)
+        if need.pins:
+            self.pins[need.pins] -= 1
+            if not self.pins[need.pins]:
+                del self.pins[need.pins]
+
     def release(self, operation: Operation) -> None:
         """Let go of all that the operation holds."""
-        for need in operation.needs:
-            if need.creates is not None:
-                self.creates.pop(need.creates, None)
-            if need.consumes is not None:
-                self.consumes.pop(need.consumes, None)
-            if need.pins:
-                self.pins[need.pins] -= 1
-                if not self.pins[need.pins]:
-                    del self.pins[need.pins]
-        operation.needs.clear()
+        for need in list(operation.needs):
+            self.drop(operation, need)
 
 
 class Scene:
@@ -167,11 +172,10 @@ class Verbs:
         index = self._free(scene, key, "prepare")
         made = scene.made
         if made is None:
-            made = self._take_stocked(kind, chain, labels)
-            if made is None:
-                snapshot = Snapshot(self._ids.take(), kind, chain, labels)
-                return Need(Labour.CREATE, snapshot, creates=index, pins=parent_id)
-            scene.operation.made[scene.index] = made
+            taken = self._take(Snapshot(0, kind, chain, labels))
+            if isinstance(taken, tuple):
+                return Need(*taken, creates=index, pins=parent_id)
+            scene.operation.made[scene.index] = made = taken
         snapshot = made.snapshot
         info = encode_info(Info(key, kind, parent, labels, scene.now, scene.now))
         record = Record(kind, 0, len(chain), snapshot.id, parent_id, 0, 0, info)
@@ -214,11 +218,12 @@ class Verbs:
             raise AlreadyExists(f"snapshot {name!r} is being created by another call")
         return index
 
-    def _take_stocked(self, kind: Kind, chain: tuple[int, ...], labels: dict[str, str]) -> Made | None:
-        if self._pooled is None or self._pool is None or not self._pooled.fits(Snapshot(0, kind, chain, labels)):
-            return None
+    def _take(self, wanted: Snapshot) -> Made | tuple[Labour, Snapshot]:
+        """A directory from the pool, or the labour of getting one."""
+        if self._pooled is None or self._pool is None or not self._pooled.fits(wanted):
+            return Labour.CREATE, replace(wanted, id=self._ids.take())
         id_ = self._pool.take()
-        return None if id_ is None else Made(Labour.CREATE, Snapshot(id_, kind, chain, labels))
+        return (Labour.STOCK, wanted) if id_ is None else Made(Labour.CREATE, replace(wanted, id=id_))
 
     # Commit.
 

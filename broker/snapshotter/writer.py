@@ -15,7 +15,7 @@ import queue
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -24,6 +24,7 @@ from snapbroker.errors import BrokerError, Cancelled, DeadlineExceeded, Internal
 from snapbroker.protocol import encode
 
 from backends.api import Backend, Snapshot, Task
+from broker.snapshotter.errors import error_of_system
 from broker.snapshotter.operations import Delivery, Labour, Made, Need, Operation, Result
 from broker.snapshotter.verbs import Scene, Verbs
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from lmdb import Transaction
 
     from broker.snapshotter.ids import Ids
+    from broker.snapshotter.pool import Pool
     from broker.store import Environment, Journal
     from broker.store.journal import Turn
 
@@ -72,6 +74,7 @@ class Writer:
         journal: Journal,
         verbs: Verbs,
         ids: Ids,
+        pool: Pool | None,
         backend: Backend,
         limits: WriterLimits,
         deliver: Deliver,
@@ -81,6 +84,7 @@ class Writer:
         self._journal = journal
         self._verbs = verbs
         self._ids = ids
+        self._pool = pool
         self._backend = backend
         self._limits = limits
         self._deliver = deliver
@@ -90,6 +94,7 @@ class Writer:
             limits.workers or getattr(backend, "workers", 8), thread_name_prefix="worker"
         )
         self._working: set[Operation] = set()
+        self._fresh_holds: list[tuple[Operation, Need]] = []
         self._turns = 0
         self._operations = 0
         self._largest = 0
@@ -179,6 +184,7 @@ class Writer:
             self._fail(batch, Internal(f"the turn failed: {error!r}; nothing was changed"))
             return
         self._journal.settle(draft.turn)
+        self._fresh_holds.clear()
         for operation, needs in draft.needs:
             self._dispatch(operation, needs)
         for operation, _ in draft.results:
@@ -194,6 +200,7 @@ class Writer:
     def _decide(self, txn: Transaction, batch: list[Operation | Errand]) -> _Draft:
         """Decide every operation; run again from scratch when the map had to grow, so it keeps no state."""
         now = self._clock()
+        self._drop_fresh_holds()
         draft = _Draft(self._journal.begin())
         monotonic = time.monotonic_ns()
         for item in batch:
@@ -228,7 +235,7 @@ class Writer:
     def _decide_one(self, scene: Scene, operation: Operation, draft: _Draft) -> None:
         answer = self._verbs.decide(scene, operation.calls[0])
         if isinstance(answer, Need):
-            draft.needs.append((operation, [(0, answer)]))
+            self._hold(operation, 0, answer, draft)
             return
         draft.after.extend(scene.after)
         draft.results.append((operation, [answer]))
@@ -246,7 +253,7 @@ class Writer:
                     results.append(answer)
         except _NeedsWork as needs:
             draft.turn.rewind(mark)
-            draft.needs.append((operation, [(needs.index, needs.need)]))
+            self._hold(operation, needs.index, needs.need, draft)
             return
         except BrokerError as error:
             draft.turn.rewind(mark)
@@ -263,9 +270,22 @@ class Writer:
         draft.after.extend(scene.after)
         draft.results.append((operation, results))
 
+    def _hold(self, operation: Operation, index: int, need: Need, draft: _Draft) -> None:
+        """Hold what a call needs at once: the next call of the same turn must see it."""
+        self._verbs.holds.add(operation, need)
+        self._fresh_holds.append((operation, need))
+        draft.needs.append((operation, [(index, need)]))
+
+    def _drop_fresh_holds(self) -> None:
+        """The transaction they were taken in did not commit."""
+        for operation, need in self._fresh_holds:
+            self._verbs.holds.drop(operation, need)
+        self._fresh_holds.clear()
+
     def _fail(self, batch: list[Operation | Errand], error: BrokerError) -> None:
         """The transaction did not commit: nothing changed, everybody is told."""
         log.error("a transaction did not commit", error=str(error), operations=len(batch))
+        self._drop_fresh_holds()
         operations = [item for item in batch if isinstance(item, Operation)]
         for operation in operations:
             self._let_go(operation)
@@ -299,9 +319,19 @@ class Writer:
         if operation.task is None:
             operation.task = Task()
         self._working.add(operation)
-        for _, need in needs:
-            self._verbs.holds.add(operation, need)
+        for index, need in needs:
+            if need.labour is Labour.STOCK and self._pool is not None:
+                self._pool.park(lambda got, index=index, need=need: self._stocked(operation, index, need, got))  # type: ignore[misc]
+                return
         self._executor.submit(self._labour, operation, needs)
+
+    def _stocked(self, operation: Operation, index: int, need: Need, got: int | BrokerError) -> None:
+        """The pool made a directory for a call, or could not; queue the operation again."""
+        if isinstance(got, int):
+            operation.made[index] = Made(Labour.CREATE, replace(need.snapshot, id=got))
+        else:
+            operation.failure = got
+        self._inbox.put(operation)
 
     def _labour(self, operation: Operation, needs: list[tuple[int, Need]]) -> None:
         """Do what a call needs, in a worker's thread, and queue the operation again."""
@@ -377,19 +407,3 @@ class _NeedsWork(Exception):  # noqa: N818 (it is no error: it ends the child tr
         super().__init__()
         self.index = index
         self.need = need
-
-
-_SYSTEM_ERRORS: Final = {
-    28: ResourceExhausted,  # ENOSPC
-    122: ResourceExhausted,  # EDQUOT
-    24: ResourceExhausted,  # EMFILE
-    23: ResourceExhausted,  # ENFILE
-    12: ResourceExhausted,  # ENOMEM
-}
-
-
-def error_of_system(error: OSError) -> BrokerError:
-    """The error of the contract for one of the operating system."""
-    where = f" ({error.filename})" if error.filename else ""
-    kind = _SYSTEM_ERRORS.get(error.errno or 0, Internal)
-    return kind(f"{error.strerror or error}{where}", {"errno": error.errno or 0})

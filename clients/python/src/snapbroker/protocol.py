@@ -252,11 +252,18 @@ class Fault(Message):
     details: dict[str, Any] = {}
 
 
+NO_ANSWER: Final = msgspec.Raw(b"")
+"""What `Outcome.ok` is where it is absent."""
+
+
 class Outcome(Message):
-    """The outcome, or the progress, of call number `call` of the request."""
+    """The outcome, or the progress, of call number `call` of the request.
+
+    `ok` is the answer, still encoded: its type follows from the call's verb; absent with an error or progress.
+    """
 
     call: int
-    ok: msgspec.Raw | None = None
+    ok: msgspec.Raw = NO_ANSWER
     error: Fault | None = None
     progress: Progress | None = None
 
@@ -332,8 +339,24 @@ def decoder(answer: type[T]) -> msgspec.msgpack.Decoder[T]:
     return msgspec.msgpack.Decoder(answer)
 
 
-decode_event = decoder(Event).decode
-decode_heartbeat = decoder(Heartbeat).decode
+_events = msgspec.msgpack.Decoder(Event)
+_heartbeats = msgspec.msgpack.Decoder(Heartbeat)
+
+
+def decode_event(body: bytes | memoryview) -> Event:
+    """The event in a publication's last frame; Internal where the broker sent something else."""
+    try:
+        return _events.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise Internal(f"the broker's event is malformed: {error}") from None
+
+
+def decode_heartbeat(body: bytes | memoryview) -> Heartbeat:
+    """The heartbeat in a publication's last frame; Internal where the broker sent something else."""
+    try:
+        return _heartbeats.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise Internal(f"the broker's heartbeat is malformed: {error}") from None
 
 
 def fault(error: BrokerError) -> Fault:

@@ -1,0 +1,6 @@
+.PHONY: demo test lint bench fuzz
+demo: ; @.ci/setup && .venv/bin/python benchmarks/demo.py
+test: ; @.ci/setup dev && .venv/bin/pytest $(ARGS)
+lint: ; @.ci/setup dev && .ci/lint
+bench: ; @.ci/setup dev && .venv/bin/python -m benchmarks $(ARGS)
+fuzz: ; @.ci/setup dev && .venv/bin/pytest -m fuzz --hypothesis-profile=fuzz $(ARGS)

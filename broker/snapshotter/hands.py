@@ -1,0 +1,233 @@
+"""A child process for the file work that never ends: stocking directories and deleting trees.
+
+In a thread of the actor this work would take the interpreter from the loop and the writer at every system call, tens
+of thousands of times a second; in a process of its own it takes what the processors have to spare. The child opens
+the same backend on the same root, answers one request at a time, and ends when its standard input does, so it never
+outlives its actor. It is started when there is something to do and let go when there was nothing for a while.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final
+
+import msgspec
+from snapbroker.errors import BrokerError, Cancelled, Unavailable
+from snapbroker.protocol import Fault, error_of, fault
+
+from backends.api import Task
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+IDLE_S: Final = 20.0
+"""After this long without a request the child is let go."""
+PROGRESS_S: Final = 0.25
+"""How often a long deletion tells how far it is."""
+_LENGTH: Final = struct.Struct(">I")
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Which backend the child opens."""
+
+    backend: str
+    root: str
+    options: dict[str, Any]
+
+
+class Job(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One request to the child: ids to stock, or tokens to delete."""
+
+    stock: list[int] = []
+    delete: list[str] = []
+
+
+class Answer(msgspec.Struct, omit_defaults=True):
+    """What the child says: how far it is, and at the end how it went; `failed` by token."""
+
+    done: bool = False
+    entries: int = 0
+    errno: int = 0
+    path: str = ""
+    error: Fault | None = None
+    failed: dict[str, str] = {}
+
+
+_decode_job = msgspec.msgpack.Decoder(Job).decode
+_decode_answer = msgspec.msgpack.Decoder(Answer).decode
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def write(stream: IO[bytes], message: msgspec.Struct) -> None:
+    """Send one message, its length before it."""
+    body = _encode(message)
+    stream.write(_LENGTH.pack(len(body)) + body)
+    stream.flush()
+
+
+def read(stream: IO[bytes]) -> bytes | None:
+    """The next message, None at the end."""
+    head = stream.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        return None
+    return stream.read(_LENGTH.unpack(head)[0])
+
+
+class Hand:
+    """The actor's end of one such child; used by one thread, closed from any."""
+
+    def __init__(self, place: Place, niceness: int) -> None:
+        self._place = place
+        self._niceness = niceness
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._closed = False
+
+    def stock(self, ids: Sequence[int], task: Task) -> None:
+        """As `backends.api.Pooled.stock`."""
+        answer = self._ask(Job(stock=list(ids)), task)
+        if answer.errno:
+            raise OSError(answer.errno, os.strerror(answer.errno), answer.path)
+        if answer.error is not None:
+            raise error_of(answer.error)
+
+    def delete(self, tokens: Sequence[str], task: Task) -> dict[str, str]:
+        """Delete discarded entries; what could not be deleted, with the reason."""
+        return self._ask(Job(delete=list(tokens)), task).failed
+
+    def _ask(self, job: Job, task: Task) -> Answer:
+        child = self._started()
+        stdin, stdout = child.stdin, child.stdout
+        if stdin is None or stdout is None:
+            raise Unavailable("the helper process has no pipes")
+        try:
+            write(stdin, job)
+            while (body := read(stdout)) is not None:
+                answer = _decode_answer(body)
+                task.advance(answer.entries)
+                if answer.done:
+                    return answer
+        except Cancelled:
+            self.let_go()
+            raise
+        except (OSError, ValueError) as error:
+            self.let_go()
+            raise Unavailable(f"the helper process is gone: {error}") from error
+        self.let_go()
+        if self._closed:
+            raise Cancelled("the actor is stopping")
+        raise Unavailable("the helper process ended in the middle of its work")
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        with self._lock:
+            if self._closed:
+                raise Cancelled("the actor is stopping")
+            if self._child is None:
+                self._child = subprocess.Popen(
+                    [sys.executable, "-m", "broker.snapshotter.hands", str(self._niceness)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                )
+                if self._child.stdin is not None:
+                    write(self._child.stdin, self._place)
+            return self._child
+
+    def let_go(self) -> None:
+        """End the child; the next request starts another."""
+        with self._lock:
+            child, self._child = self._child, None
+        if child is None:
+            return
+        child.kill()
+        child.wait()
+        for stream in (child.stdin, child.stdout):
+            if stream is not None:
+                try:
+                    stream.close()
+                except OSError:
+                    continue  # What was still to be written goes to nobody.
+
+    def close(self) -> None:
+        """End the child for good; a request under way ends Cancelled."""
+        self._closed = True
+        with self._lock:
+            if self._child is not None:
+                self._child.kill()
+
+
+# The child.
+
+
+def main() -> None:
+    """Serve one Place until standard input ends."""
+    # Imported here: the actor's end needs none of it.
+    from backends import registry
+
+    os.nice(int(sys.argv[1]))
+    body = read(sys.stdin.buffer)
+    if body is None:
+        return
+    place = msgspec.msgpack.decode(body, type=Place)
+    kind = registry.load(place.backend)
+    backend: Any = kind.open(Path(place.root), msgspec.convert(place.options, kind.Options))
+    while (body := read(sys.stdin.buffer)) is not None:
+        job = _decode_job(body)
+        answer = stock(backend, job.stock) if job.stock else delete(backend, job.delete)
+        answer.done = True
+        write(sys.stdout.buffer, answer)
+
+
+def stock(backend: Any, ids: list[int]) -> Answer:
+    """Stock directories; the errors travel."""
+    try:
+        backend.stock(ids, Task())
+    except OSError as error:
+        return Answer(errno=error.errno or 5, path=str(error.filename or ""))
+    except BrokerError as error:
+        return Answer(error=fault(error))
+    return Answer(entries=len(ids))
+
+
+class Telling(Task):
+    """A task that tells the actor, now and then, how far it is."""
+
+    __slots__ = ("_told", "_told_at")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told = 0
+        self._told_at = time.monotonic()
+
+    def advance(self, entries: int = 1, size: int = 0) -> None:
+        """Count, and tell."""
+        super().advance(entries, size)
+        if time.monotonic() - self._told_at > PROGRESS_S:
+            write(sys.stdout.buffer, Answer(entries=self.untold()))
+            self._told_at = time.monotonic()
+
+    def untold(self) -> int:
+        """Entries since the last telling."""
+        new, self._told = self.entries - self._told, self.entries
+        return new
+
+
+def delete(backend: Any, tokens: list[str]) -> Answer:
+    """Delete discarded entries, each on its own."""
+    task = Telling()
+    failed: dict[str, str] = {}
+    for token in tokens:
+        try:
+            backend.delete(token, task)
+        except (OSError, BrokerError) as error:
+            failed[token] = str(error)
+    return Answer(entries=task.untold(), failed=failed)
+
+
+if __name__ == "__main__":
+    main()
