@@ -41,7 +41,7 @@ from snapbroker.protocol import FILTER_BYTES_MAX, FILTERS_MAX
 
 SELECTORS_MAX: Final = 256
 """Most selectors in all filters of one walk: every snapshot walked over is held against each of them."""
-EXPRESSIONS_MAX: Final = 64
+EXPRESSIONS_MAX: Final = 16
 """Most `~=` in all filters of one walk: each may take EXPRESSION_MEMORY_BYTES while the walk lasts."""
 EXPRESSION_MEMORY_BYTES: Final = 1024 * 1024
 """Most memory of one compiled expression, its cache of states included."""

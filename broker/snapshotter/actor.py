@@ -109,6 +109,7 @@ class SnapshotterActor:
                     self._writer,
                     self._trash,
                     streams,
+                    bool(getattr(self.backend, "sync_remove", False)),
                     self._setup.limits.service,
                     self._publish,
                 )

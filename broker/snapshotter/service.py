@@ -158,6 +158,7 @@ class Service:
         writer: Writer,
         trash: Trash,
         tasks: TaskGroup,
+        sync_remove: bool,
         limits: ServiceLimits,
         publish: Callable[[list[tuple[str, int, bytes]]], None],
     ) -> None:
@@ -167,6 +168,7 @@ class Service:
         self._writer = writer
         self._trash = trash
         self._tasks = tasks
+        self._sync_remove = sync_remove
         self._limits = limits
         self._publish = publish
         self._open: dict[tuple[bytes, bytes], Ticket] = {}
@@ -434,7 +436,10 @@ class Service:
             ticket: Any = operation.requester
             if len(results) == len(operation.calls):
                 for number, result in enumerate(results, operation.first):
-                    ticket.settle(number, result)
+                    if self._sync_remove and type(operation.calls[number - operation.first]) is Remove:
+                        self._settle_deleted(ticket, number, result)
+                    else:
+                        ticket.settle(number, result)
             else:
                 for number in range(len(operation.calls)):
                     ticket.settle(number, results[0])
@@ -446,6 +451,18 @@ class Service:
             self._publish(delivery.events)
             self._news.set()
             self._news = anyio.Event()
+
+    def _settle_deleted(self, ticket: Ticket, index: int, result: Result) -> None:
+        """With `sync_remove`, a removal is answered once its files are deleted (C43)."""
+
+        def settle() -> None:
+            ticket.settle(index, result)
+            ticket.flush()
+
+        if isinstance(result, bytes):
+            self._trash.when_empty(lambda: self._soon(settle))
+        else:
+            ticket.settle(index, result)
 
     def close_ticket(self, ticket: Ticket) -> None:
         """The last part is sent."""

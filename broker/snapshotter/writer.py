@@ -1,7 +1,7 @@
 """The one thread that writes an actor's database: everything that has arrived goes into one transaction.
 
 A turn: take what waits; decide each operation against one write transaction, its event with it; commit, which is
-the pair of flushes that all share; hand the outcomes over; then do what can wait. While the flush runs the next
+the pair of flushes that all share; put aside what was removed; hand the outcomes over. While the flush runs the next
 operations gather: under load the turns grow by themselves, and a lone caller waits for nobody.
 
 An operation whose backend has to work is held and handed to the workers; when it comes back it is decided again in
@@ -189,9 +189,9 @@ class Writer:
             self._dispatch(operation, needs)
         for operation, _ in draft.results:
             self._let_go(operation)
-        self._deliver(Delivery(draft.results, draft.turn.entries))
         for after in draft.after:
             self._after(after)
+        self._deliver(Delivery(draft.results, draft.turn.entries))
         for errand in draft.errands:
             errand.done(None)
         for operation in draft.failed:

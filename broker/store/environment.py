@@ -87,6 +87,8 @@ class Environment:
                     return work(txn)
             except lmdb.MapFullError:
                 self._grow()
+            except lmdb.DiskError as error:
+                raise ResourceExhausted(f"the metadata database's disk is full: {error}") from error
             except lmdb.Error as error:
                 raise Internal(f"the metadata database failed: {error}") from error
 
