@@ -1,0 +1,1 @@
+"""How snapshots lie on disk: one module a backend, found through the entry points `snapbroker.backends`."""

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import msgspec
-
 from snapbroker.contract import Kind, Mount, Usage
 from snapbroker.errors import Cancelled
 
@@ -91,8 +90,12 @@ class Backend(Protocol):
     """How one kind of snapshotter lies on disk, under one root of its own."""
 
     Options: ClassVar[type[Options]]
+    workers: ClassVar[int]
+    """Threads that gain something from working at a time, unless the configuration says otherwise."""
     capabilities: frozenset[str]
     root: Path
+    sync_remove: bool
+    """Whether a removal is to be answered only once its files are deleted (C43)."""
 
     @classmethod
     def probe(cls, root: Path, options: Any) -> Support:
