@@ -109,7 +109,7 @@ class SnapshotterActor:
                     self._writer,
                     self._trash,
                     streams,
-                    bool(getattr(self.backend, "sync_remove", False)),
+                    self.backend.sync_remove,
                     self._setup.limits.service,
                     self._publish,
                 )

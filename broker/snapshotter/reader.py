@@ -7,6 +7,7 @@ encoded answers are kept, up to a limit in bytes.
 from __future__ import annotations
 
 import struct
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from snapbroker.contract import Info, Kind, check_name
 from snapbroker.errors import FailedPrecondition, Internal, InvalidArgument, NotFound
 from snapbroker.protocol import PAGE_MAX, Events, MountsAnswer, Walk, encode
 
+from backends.api import Snapshot
 from broker.filters import compile_filters
 from broker.snapshotter.lifecycle import refusal
 from broker.snapshotter.verbs import snapshot_of, with_labels
@@ -26,13 +28,15 @@ from broker.store.records import encode_info
 if TYPE_CHECKING:
     from lmdb import Transaction
 
-    from backends.api import Backend, Snapshot
+    from backends.api import Backend
     from broker.store import Environment, Journal, Snapshots
 
 PAGE_BYTES_MAX: Final = 4 * 1024 * 1024
 """A page ends early when its infos or events reach this size, well below the longest body."""
 SCAN_MAX: Final = 2000
 """Records or events looked at in one transaction; a page of a sparse filter may so be short, or empty."""
+FILTER_S: Final = 0.005
+"""A page ends early when its filters took this long: a costly expression does not hold up the other callers."""
 _MOUNTS_BYTES_MAX: Final = 4 * 1024 * 1024
 
 
@@ -60,7 +64,7 @@ class Reader:
         self._snapshots = snapshots
         self._journal = journal
         self._backend = backend
-        self._labelled = bool(getattr(backend, "labelled", False))
+        self._labelled = bool(backend.labels(Snapshot(0, Kind.ACTIVE)))
         self._mounts: OrderedDict[int, bytes] = OrderedDict()
         self._mounts_bytes = 0
 
@@ -153,8 +157,11 @@ class Reader:
         """The infos that match, and the name to continue behind when the page is full before the rows end."""
         infos: list[msgspec.Raw] = []
         room = PAGE_BYTES_MAX
+        late = time.monotonic() + FILTER_S
         for number, (_, record) in enumerate(rows):
             if matches is not None and not matches(record.decoded()):
+                if time.monotonic() > late and number + 1 < len(rows):
+                    return infos, _name(rows[number])
                 continue
             info = self._labelled_info(txn, namespace, record) if self._labelled else record.info
             infos.append(msgspec.Raw(info))

@@ -90,9 +90,7 @@ class Writer:
         self._deliver = deliver
         self._clock = clock
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._executor = ThreadPoolExecutor(
-            limits.workers or getattr(backend, "workers", 8), thread_name_prefix="worker"
-        )
+        self._executor = ThreadPoolExecutor(limits.workers or backend.workers, thread_name_prefix="worker")
         self._working: set[Operation] = set()
         self._fresh_holds: list[tuple[Operation, Need]] = []
         self._turns = 0
@@ -402,7 +400,7 @@ class _Draft:
         self.failed: list[Operation] = []
 
 
-class _NeedsWork(Exception):  # noqa: N818 (it is no error: it ends the child transaction)
+class _NeedsWork(Exception):
     def __init__(self, index: int, need: Need) -> None:
         super().__init__()
         self.index = index

@@ -122,7 +122,11 @@ def check_name(name: str, what: str = "key") -> None:
         raise InvalidArgument(f"{what} must not be empty")
     if "\0" in name:
         raise InvalidArgument(f"{what} must not contain a NUL")
-    if len(name) * 4 > NAME_BYTES_MAX and len(name.encode()) > NAME_BYTES_MAX:
+    try:
+        too_long = len(name) * 4 > NAME_BYTES_MAX and len(name.encode()) > NAME_BYTES_MAX
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"{what} is not text: it holds a lone surrogate") from None
+    if too_long:
         raise InvalidArgument(f"{what} is longer than {NAME_BYTES_MAX} bytes: {name[:40]}...")
 
 

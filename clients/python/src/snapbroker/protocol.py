@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 
@@ -49,7 +49,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True, gc=False, kw_only
 # Calls. `verb` is the tag: which of them a map is.
 
 
-class Prepare(Message, tag_field="verb", tag="prepare"):
+class Prepare(Message, frozen=True, tag_field="verb", tag="prepare"):
     """Create an active snapshot: answers `Mounts`."""
 
     key: str
@@ -57,7 +57,7 @@ class Prepare(Message, tag_field="verb", tag="prepare"):
     labels: dict[str, str] = {}
 
 
-class View(Message, tag_field="verb", tag="view"):
+class View(Message, frozen=True, tag_field="verb", tag="view"):
     """Create a read-only snapshot: answers `Mounts`."""
 
     key: str
@@ -65,7 +65,7 @@ class View(Message, tag_field="verb", tag="view"):
     labels: dict[str, str] = {}
 
 
-class Commit(Message, tag_field="verb", tag="commit"):
+class Commit(Message, frozen=True, tag_field="verb", tag="commit"):
     """Turn the active `key` into the committed `name`: answers `Empty`.
 
     `sync`: its files are durable before the name exists (D12). `parent`: the rebase (C33, D9).
@@ -78,25 +78,25 @@ class Commit(Message, tag_field="verb", tag="commit"):
     sync: bool = False
 
 
-class Remove(Message, tag_field="verb", tag="remove"):
+class Remove(Message, frozen=True, tag_field="verb", tag="remove"):
     """Remove a snapshot of any kind that has no children: answers `Empty`."""
 
     key: str
 
 
-class Mounts(Message, tag_field="verb", tag="mounts"):
+class Mounts(Message, frozen=True, tag_field="verb", tag="mounts"):
     """The mounts of an active snapshot or view: answers `MountsAnswer`."""
 
     key: str
 
 
-class Stat(Message, tag_field="verb", tag="stat"):
+class Stat(Message, frozen=True, tag_field="verb", tag="stat"):
     """What is known of a snapshot: answers `Info`."""
 
     key: str
 
 
-class Update(Message, tag_field="verb", tag="update"):
+class Update(Message, frozen=True, tag_field="verb", tag="update"):
     """Change labels: answers the new `Info`. Without `fieldpaths` all labels are replaced (C56, C57)."""
 
     name: str
@@ -104,13 +104,13 @@ class Update(Message, tag_field="verb", tag="update"):
     fieldpaths: tuple[str, ...] = ()
 
 
-class UsageOf(Message, tag_field="verb", tag="usage"):
+class UsageOf(Message, frozen=True, tag_field="verb", tag="usage"):
     """What a snapshot takes: answers `Usage`."""
 
     key: str
 
 
-class Walk(Message, tag_field="verb", tag="walk"):
+class Walk(Message, frozen=True, tag_field="verb", tag="walk"):
     """All snapshots that match one of the filters, by name: answers up to `credit` parts `WalkPage`.
 
     `after` continues behind the name that a page gave as its `next`.
@@ -122,11 +122,11 @@ class Walk(Message, tag_field="verb", tag="walk"):
     credit: int = 16
 
 
-class Cleanup(Message, tag_field="verb", tag="cleanup"):
+class Cleanup(Message, frozen=True, tag_field="verb", tag="cleanup"):
     """Wait until everything removed so far is deleted from disk: answers `Empty`."""
 
 
-class Events(Message, tag_field="verb", tag="events"):
+class Events(Message, frozen=True, tag_field="verb", tag="events"):
     """The journal above sequence `since`: answers up to `credit` parts `EventsPage`.
 
     `topics` are prefixes of topics, any namespace's with an empty list only the caller's own namespace.
@@ -140,33 +140,31 @@ class Events(Message, tag_field="verb", tag="events"):
     follow: bool = False
 
 
-class Cancel(Message, tag_field="verb", tag="cancel"):
+class Cancel(Message, frozen=True, tag_field="verb", tag="cancel"):
     """Take back the caller's own request `request`: answers `Empty`; its unfinished calls end `cancelled`."""
 
     request: bytes
 
 
-class Status(Message, tag_field="verb", tag="status"):
+class Status(Message, frozen=True, tag_field="verb", tag="status"):
     """How the broker and its snapshotters are (target: the broker itself): answers `StatusAnswer`."""
 
 
-Call = (
-    Prepare | View | Commit | Remove | Mounts | Stat | Update | UsageOf | Walk | Cleanup | Events | Cancel | Status
-)
+Call = Prepare | View | Commit | Remove | Mounts | Stat | Update | UsageOf | Walk | Cleanup | Events | Cancel | Status
 VERBS: Final[tuple[str, ...]] = (
     "prepare", "view", "commit", "remove", "mounts", "stat", "update", "usage", "walk", "cleanup",
     "events", "cancel", "status",
 )  # fmt: skip
 
 
-class Request(Message):
+class Request(Message, frozen=True):
     """The body of a request.
 
     `atomic`: all calls take effect, in their order, or none does. `timeout_ms`: a call that has not begun
     this long after its arrival is not executed; 0 is the broker's default.
     """
 
-    calls: tuple[Call, ...]
+    calls: Annotated[tuple[Call, ...], msgspec.Meta(min_length=1, max_length=CALLS_MAX)]
     namespace: str = ""
     atomic: bool = False
     timeout_ms: int = 0
@@ -175,17 +173,17 @@ class Request(Message):
 # Answers.
 
 
-class Empty(Message):
+class Empty(Message, frozen=True):
     """Nothing to say but that it is done."""
 
 
-class MountsAnswer(Message):
+class MountsAnswer(Message, frozen=True):
     """The mounts to make, in order."""
 
     mounts: tuple[Mount, ...]
 
 
-class WalkPage(Message):
+class WalkPage(Message, frozen=True):
     """Infos in the order of their names; `sequence` is the newest event that the page has seen.
 
     `next` is where to continue, absent at the end. Events above the FIRST page's sequence, applied in order,
@@ -197,7 +195,7 @@ class WalkPage(Message):
     next: str = ""
 
 
-class EventsPage(Message):
+class EventsPage(Message, frozen=True):
     """Events in their order; `next` is the `since` to go on with, `newest` the newest sequence of the journal."""
 
     events: tuple[Event, ...] = ()
@@ -205,14 +203,14 @@ class EventsPage(Message):
     newest: int = 0
 
 
-class Progress(Message):
+class Progress(Message, frozen=True):
     """How far a long call is, in entries and bytes; sent as a part before its outcome."""
 
     entries: int = 0
     bytes: int = 0
 
 
-class ActorStatus(Message):
+class ActorStatus(Message, frozen=True):
     """One snapshotter: `state` is starting, ready, unavailable or stopped."""
 
     name: str
@@ -231,7 +229,7 @@ class ActorStatus(Message):
     backlog: dict[str, int] = {}
 
 
-class StatusAnswer(Message):
+class StatusAnswer(Message, frozen=True):
     """The broker's own figures and one entry for each snapshotter."""
 
     version: str
@@ -244,7 +242,7 @@ class StatusAnswer(Message):
     snapshotters: tuple[ActorStatus, ...] = ()
 
 
-class Fault(Message):
+class Fault(Message, frozen=True):
     """An error on the wire: a code of `snapbroker.errors`, a message and details."""
 
     code: str
@@ -256,7 +254,7 @@ NO_ANSWER: Final = msgspec.Raw(b"")
 """What `Outcome.ok` is where it is absent."""
 
 
-class Outcome(Message):
+class Outcome(Message, frozen=True):
     """The outcome, or the progress, of call number `call` of the request.
 
     `ok` is the answer, still encoded: its type follows from the call's verb; absent with an error or progress.
@@ -268,14 +266,14 @@ class Outcome(Message):
     progress: Progress | None = None
 
 
-class Reply(Message):
+class Reply(Message, frozen=True):
     """One part of a reply: outcomes by call, or one error for the request as a whole."""
 
     outcomes: tuple[Outcome, ...] = ()
     error: Fault | None = None
 
 
-class Heartbeat(Message):
+class Heartbeat(Message, frozen=True):
     """Sent on `<snapshotter>//heartbeat`: the newest sequence, and the newest at the heartbeat before.
 
     `topics` has the newest sequence of every topic that changed in between; absent when there were too many.
@@ -287,10 +285,20 @@ class Heartbeat(Message):
     topics: dict[str, int] | None = None
 
 
+class _Verb(msgspec.Struct):
+    verb: str
+
+
+class _Verbs(msgspec.Struct):
+    """Only the verbs of a request: looking at a malformed one must not build what else is in it."""
+
+    calls: Annotated[list[_Verb], msgspec.Meta(max_length=CALLS_MAX)]
+
+
 _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(Request)
 _replies = msgspec.msgpack.Decoder(Reply)
-_anything = msgspec.msgpack.Decoder()
+_verbs = msgspec.msgpack.Decoder(_Verbs)
 
 encode = _encoder.encode
 encode_into = _encoder.encode_into
@@ -303,26 +311,20 @@ def decode_request(body: bytes | memoryview) -> Request:
     if len(body) > BODY_BYTES_MAX:
         raise InvalidArgument(f"a body of {len(body)} bytes is longer than {BODY_BYTES_MAX}")
     try:
-        request = _requests.decode(body)
+        return _requests.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _blame(body, error) from None
-    if not 0 < len(request.calls) <= CALLS_MAX:
-        raise InvalidArgument(f"a request has 1 to {CALLS_MAX} calls, not {len(request.calls)}")
-    return request
 
 
 def _blame(body: bytes | memoryview, error: Exception) -> BrokerError:
     """Tell an unknown verb from a malformed request."""
     try:
-        anything = _anything.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError, TypeError):
-        return InvalidArgument(f"the body is not MessagePack: {error}")
-    calls = anything.get("calls") if isinstance(anything, dict) else None
-    if isinstance(calls, list):
-        for call in calls:
-            verb = call.get("verb") if isinstance(call, dict) else None
-            if isinstance(verb, str) and verb not in VERBS:
-                return Unimplemented(f"unknown verb {verb[:40]!r}; known are {', '.join(VERBS)}")
+        verbs = [call.verb for call in _verbs.decode(body).calls]
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        verbs = []
+    for verb in verbs:
+        if verb not in VERBS:
+            return Unimplemented(f"unknown verb {verb[:40]!r}; known are {', '.join(VERBS)}")
     return InvalidArgument(f"the body is not a request: {error}")
 
 
