@@ -116,6 +116,8 @@ class Server:
         finally:
             os.umask(old)
         self._supervisor = Supervisor(config.supervisor)
+        self._unsettled = {finding.name for finding in findings}
+        self._told_ready = False
         for finding in findings:
             self._add(finding)
 
@@ -138,7 +140,7 @@ class Server:
                 )
             )
 
-        actor = Actor(finding.name, ACTOR_MODULE, setup, self._ready, self._router.gone)
+        actor = Actor(finding.name, ACTOR_MODULE, setup, self._ready, self._gone)
         self._supervisor.add(actor)
         self._router.add(actor)
 
@@ -146,8 +148,19 @@ class Server:
         newest = actor.status.sequence if actor.status else 0
         self._publisher.started(actor.name, newest)
         log.info("a snapshotter is ready", snapshotter=actor.name, pid=actor.pid, sequence=newest)
-        if all(other.state == "ready" for other in self._supervisor.actors.values()):
-            notify("READY=1")
+        self._settle(actor)
+
+    def _gone(self, actor: Actor) -> None:
+        self._router.gone(actor)
+        self._settle(actor)
+
+    def _settle(self, actor: Actor) -> None:
+        """Tell the service manager once every snapshotter served or failed: one that cannot holds up no other."""
+        self._unsettled.discard(actor.name)
+        if not self._unsettled and not self._told_ready:
+            self._told_ready = any(other.state == "ready" for other in self._supervisor.actors.values())
+            if self._told_ready:
+                notify("READY=1")
 
     def _own(self, body: bytes) -> bytes:
         """Answer a request to the broker itself."""
@@ -216,6 +229,9 @@ class Server:
             late.cancel_scope.cancel()
 
     def _close(self) -> None:
+        """Pass on the last words of the actors, then let go of sockets and places."""
+        while self._router.back.drain():
+            continue
         self._router.front.close()
         self._router.back.close()
         self._publisher.port.close()
