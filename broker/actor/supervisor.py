@@ -144,7 +144,9 @@ class Supervisor:
         actor.heard = anyio.Event()
         actor.last_heard = time.monotonic()
         try:
-            process = await anyio.open_process([sys.executable, "-m", actor.module], stdin=-1, stdout=None, stderr=None)
+            process = await anyio.open_process(
+                [sys.executable, "-m", actor.module, str(os.getpid())], stdin=-1, stdout=None, stderr=None
+            )
         except OSError as error:
             log.error("an actor cannot be started", actor=actor.name, error=str(error))
             actor.state = "unavailable"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
 import sys
 
@@ -14,19 +12,22 @@ import zmq
 from snapbroker.errors import BrokerError
 
 from broker import logs
+from broker.actor.lineage import die_with_parent
 from broker.actor.mailbox import Mailbox
 from broker.snapshotter.actor import Setup, SnapshotterActor
 
 REPORT_INTERVAL_S = 1.0
-_PR_SET_PDEATHSIG = 1
 
 log = structlog.get_logger()
 
 
 def main() -> int:
     """Run until the router says stop; the exit status tells the supervisor."""
+    die_with_parent(int(sys.argv[1]))
     setup = msgspec.json.decode(sys.stdin.buffer.read(), type=Setup)
-    die_with_parent()
+    # The broker handles the terminal's signals and tells its actors.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logs.configure(setup.log_level, setup.log_format)
     structlog.contextvars.bind_contextvars(snapshotter=setup.name)
     failed = False
@@ -36,16 +37,6 @@ def main() -> int:
         log.error("the snapshotter cannot run", errors=[str(error) for error in group.exceptions])
         failed = True
     return int(failed)
-
-
-def die_with_parent() -> None:
-    """An actor without its router is of no use: the kernel ends it when the broker process is gone."""
-    # The broker handles the terminal's signals and tells its actors.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:
-        sys.exit(1)
 
 
 async def serve(setup: Setup) -> None:

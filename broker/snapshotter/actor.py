@@ -74,7 +74,7 @@ class SnapshotterActor:
         self._journal = Journal(self._environment, setup.name, limits.journal)
         ids = Ids(self._environment, snapshots)
         place = Place(setup.backend, setup.root, setup.options)
-        self._stocker, self._deleter = Hand(place, 0), Hand(place, DELETER_NICENESS)
+        self._stocker, self._deleter = Hand(place, 0, self._lock), Hand(place, DELETER_NICENESS, self._lock)
         self._pool = (
             Pool(self._stocker, ids, limits.pool) if isinstance(self.backend, Pooled) and limits.pool.pool_min else None
         )

@@ -2,13 +2,13 @@
 
 In a thread of the actor this work would take the interpreter from the loop and the writer at every system call, tens
 of thousands of times a second; in a process of its own it takes what the processors have to spare. The child opens
-the same backend on the same root, answers one request at a time, and ends when its standard input does, so it never
-outlives its actor. It is started when there is something to do and let go when there was nothing for a while.
+the same backend on the same root, answers one request at a time, and dies with its actor. It is started when there is something to do and let go when there was nothing for a while.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -22,6 +22,7 @@ from snapbroker.errors import BrokerError, Cancelled, Unavailable
 from snapbroker.protocol import Fault, error_of, fault
 
 from backends.api import Task
+from broker.actor.lineage import die_with_parent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,8 +83,9 @@ def read(stream: IO[bytes]) -> bytes | None:
 class Hand:
     """The actor's end of one such child; used by one thread, closed from any."""
 
-    def __init__(self, place: Place, niceness: int) -> None:
+    def __init__(self, place: Place, niceness: int, lock: int) -> None:
         self._place = place
+        self._lock_descriptor = lock
         self._niceness = niceness
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
@@ -130,9 +132,11 @@ class Hand:
                 raise Cancelled("the actor is stopping")
             if self._child is None:
                 self._child = subprocess.Popen(
-                    [sys.executable, "-m", "broker.snapshotter.hands", str(self._niceness)],
+                    [sys.executable, "-m", "broker.snapshotter.hands", str(os.getpid()), str(self._niceness)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
+                    # The root stays locked until the last of its processes is gone.
+                    pass_fds=(self._lock_descriptor,),
                 )
                 if self._child.stdin is not None:
                     write(self._child.stdin, self._place)
@@ -169,7 +173,9 @@ def main() -> None:
     # Imported here: the actor's end needs none of it.
     from backends import registry
 
-    os.nice(int(sys.argv[1]))
+    die_with_parent(int(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(int(sys.argv[2]))
     body = read(sys.stdin.buffer)
     if body is None:
         return
