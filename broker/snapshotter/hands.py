@@ -2,7 +2,8 @@
 
 In a thread of the actor this work would take the interpreter from the loop and the writer at every system call, tens
 of thousands of times a second; in a process of its own it takes what the processors have to spare. The child opens
-the same backend on the same root, answers one request at a time, and dies with its actor. It is started when there is something to do and let go when there was nothing for a while.
+the same backend on the same root, answers one request at a time, and dies with its actor. It is started when there
+is something to do and let go when there was nothing for a while.
 """
 
 from __future__ import annotations
