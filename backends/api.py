@@ -135,8 +135,11 @@ class Backend(Protocol):
         """The commit's record was not written: drop what `commit` made."""
         ...
 
-    def discard(self, id: int) -> None:
-        """Move `id` out of the way in constant time (D13), into what `discarded` lists; missing is fine."""
+    def discard(self, id: int) -> str | None:
+        """Move `id` out of the way in constant time (D13), into what `discarded` lists, and return its token.
+
+        None where there is nothing of that id.
+        """
         ...
 
     def discarded(self) -> Iterator[str]:

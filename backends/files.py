@@ -625,18 +625,19 @@ class Shelf:
                 if _is_id(entry.name) and entry.is_dir(follow_symlinks=False):
                     yield int(entry.name)
 
-    def discard(self, id: int) -> None:
-        """Rename snapshot `id` into the trash; missing is fine. Not durable: a start finds it again (D13)."""
+    def discard(self, id: int) -> str | None:
+        """Rename snapshot `id` into the trash, under the name returned. Not durable: a start finds it again (D13)."""
         name = str(id)
         for token in itertools.chain((name,), (f"{name}.{number}" for number in itertools.count(1))):
             try:
                 rename_noreplace(name, token, self.snapshots_fd, self.trash_fd)
             except FileNotFoundError:
-                return
+                return None
             except FileExistsError:
                 # Left by a crash between a rename and its flush, or put there by hand.
                 continue
-            return
+            return token
+        raise AssertionError("the numbers do not end")
 
     def discarded(self) -> Iterator[str]:
         """The names in the trash."""

@@ -169,9 +169,9 @@ class Overlayfs:
     def revert(self, snapshot: Snapshot) -> None:
         """Nothing: a commit changes no file."""
 
-    def discard(self, id: int) -> None:
+    def discard(self, id: int) -> str | None:
         """Rename into the trash; a mounted overlay goes on working on the renamed directories."""
-        self._shelf.discard(id)
+        return self._shelf.discard(id)
 
     def discarded(self) -> Iterator[str]:
         """The entries of the trash."""
@@ -190,9 +190,10 @@ class Overlayfs:
         return self._shelf.ids()
 
     def whole(self, snapshot: Snapshot) -> bool:
-        """Whether the directories are there; parents are asked about on their own."""
-        names = ("fs", "work") if snapshot.kind is Kind.ACTIVE else ("fs",)
-        return all(self._is_directory(f"{snapshot.id}/{name}") for name in names)
+        """Whether the directories are there, its own and every layer below: all of them are mounted."""
+        names = ["fs", "work"] if snapshot.kind is Kind.ACTIVE else ["fs"]
+        own = all(self._is_directory(f"{snapshot.id}/{name}") for name in names)
+        return own and all(self._is_directory(f"{parent}/fs") for parent in snapshot.parents)
 
     def labels(self, snapshot: Snapshot) -> Mapping[str, str]:
         """The path of the snapshot's own directory, where configured (C115)."""

@@ -131,6 +131,8 @@ class SnapshotterActor:
                 self._pool.stop()
             self._stocker.close()
             self._deleter.close()
+        self._stocker.let_go()
+        self._deleter.let_go()
         self.backend.close()
         self._environment.close()
         os.close(self._lock)

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 from snapbroker.contract import Info, Kind, check_name
-from snapbroker.errors import FailedPrecondition, Internal, InvalidArgument, NotFound
+from snapbroker.errors import Internal, InvalidArgument, NotFound
 from snapbroker.protocol import PAGE_MAX, Events, MountsAnswer, Walk, encode
 
 from backends.api import Snapshot
 from broker.filters import compile_filters
 from broker.snapshotter.lifecycle import refusal
-from broker.snapshotter.verbs import snapshot_of, with_labels
+from broker.snapshotter.verbs import check_whole, snapshot_of, with_labels
 from broker.store import Record, index_key
 from broker.store.records import encode_info
 
@@ -96,8 +96,7 @@ class Reader:
         error = refusal(record.kind, "mounts", key)
         if error is not None:
             raise error
-        if record.broken:
-            raise FailedPrecondition(f"snapshot {key!r} is broken: its files are missing, remove it")
+        check_whole(record, key)
         known = self._mounts.get(record.id)
         if known is None:
             snapshot = snapshot_of(self._snapshots, txn, namespace, record.decoded(), record)
@@ -117,8 +116,7 @@ class Reader:
         record = self.record(txn, namespace, key)
         if record.kind is not Kind.ACTIVE:
             return encode(record.usage)
-        if record.broken:
-            raise FailedPrecondition(f"snapshot {key!r} is broken: its files are missing, remove it")
+        check_whole(record, key)
         return snapshot_of(self._snapshots, txn, namespace, record.decoded(), record)
 
     # Streams.

@@ -93,7 +93,7 @@ Send = Callable[[bytes, bytes, bytes, bytes], None]
 class Ticket:
     """One open request: which outcomes are ready, how many are missing, and what works on them."""
 
-    __slots__ = ("bytes", "client", "missing", "operations", "outcomes", "request_id", "scopes", "service")
+    __slots__ = ("bytes", "client", "closed", "missing", "operations", "outcomes", "request_id", "scopes", "service")
 
     def __init__(self, service: Service, client: bytes, request_id: bytes, missing: int) -> None:
         self.service = service
@@ -102,6 +102,7 @@ class Ticket:
         self.missing = missing
         self.outcomes: list[Outcome] = []
         self.bytes = 0
+        self.closed = False
         self.operations: list[Operation] = []
         self.scopes: list[anyio.CancelScope] = []
 
@@ -126,11 +127,14 @@ class Ticket:
         self._send(MORE, (Outcome(call=index, progress=progress),))
 
     def flush(self) -> None:
-        """Send what is ready; the last part closes the ticket."""
+        """Send what is ready; the last part closes the ticket, after which there is nothing to send."""
+        if self.closed:
+            return
         if self.missing:
             if self.outcomes:
                 self._send(MORE, tuple(self.outcomes))
         else:
+            self.closed = True
             self._send(DONE, tuple(self.outcomes))
             self.service.close_ticket(self)
         self.outcomes = []
@@ -201,7 +205,7 @@ class Service:
         ticket = self._open.pop((client, request_id), None)
         if ticket is not None:
             ticket.cancel()
-            ticket.missing = 1 << 30
+            ticket.closed = True
         self.send(client, request_id, DONE, encode(Reply(error=fault(error))))
 
     def _accept(self, ticket: Ticket, request: Request, arrival: int) -> None:

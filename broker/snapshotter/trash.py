@@ -66,8 +66,9 @@ class Trash:
 
     def discard(self, id_: int, usage: Usage | None) -> None:
         """Put the files of a removed snapshot aside; `usage` where it is known."""
-        self._backend.discard(id_)
-        token = str(id_)
+        token = self._backend.discard(id_)
+        if token is None:
+            return
         with self._condition:
             self._added += 1
             if self._overflow or len(self._queue) >= QUEUE_MAX:

@@ -191,8 +191,7 @@ class Verbs:
             raise (error or NotFound)(
                 f"parent {parent!r} is {record.kind}, not committed" if record else f"parent {parent!r} does not exist"
             )
-        if record.broken:
-            raise FailedPrecondition(f"parent {parent!r} is broken: its files are missing, remove it")
+        check_whole(record, parent)
         chain = self._snapshots.chain(scene.txn, scene.namespace, parent, record)
         if len(chain) > self._layers_max:
             raise InvalidArgument(
@@ -240,6 +239,7 @@ class Verbs:
         error = refusal(record.kind, "commit", call.key)
         if error is not None:
             raise error
+        check_whole(record, call.key)
         if self.holds.consumes.get(source, scene.operation) is not scene.operation:
             raise FailedPrecondition(f"snapshot {call.key!r} is being committed by another call")
         info = record.decoded()
@@ -356,6 +356,7 @@ class Verbs:
         error = refusal(record.kind, "mounts", call.key)
         if error is not None:
             raise error
+        check_whole(record, call.key)
         mounts: tuple[Mount, ...] = tuple(self._backend.mounts(self._snapshot(scene, record.decoded(), record)))
         return encode(MountsAnswer(mounts=mounts))
 
@@ -364,6 +365,7 @@ class Verbs:
         record = self._existing(scene, call.key)
         if record.kind is not Kind.ACTIVE:
             return encode(record.usage)
+        check_whole(record, call.key)
         if scene.made is None:
             return Need(Labour.MEASURE, self._snapshot(scene, record.decoded(), record))
         return encode(scene.made.usage)
@@ -377,6 +379,12 @@ class Verbs:
 
     def _snapshot(self, scene: Scene, info: Info, record: Record) -> Snapshot:
         return snapshot_of(self._snapshots, scene.txn, scene.namespace, info, record)
+
+
+def check_whole(record: Record, key: str) -> None:
+    """Raise FailedPrecondition for a snapshot whose files are missing."""
+    if record.broken:
+        raise FailedPrecondition(f"snapshot {key!r} is broken: its files are missing, remove it")
 
 
 def snapshot_of(snapshots: Snapshots, txn: Transaction, namespace: str, info: Info, record: Record) -> Snapshot:

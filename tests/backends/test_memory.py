@@ -7,6 +7,8 @@ from backends.testsuite import Bookkeeping
 
 
 class TestMemory(Bookkeeping):
+    keeps_files = False
+
     @pytest.fixture
     def backend(self, tmp_path):
         return Memory.open(tmp_path / "root", Memory.Options())
