@@ -94,6 +94,8 @@ class Server:
         self._lock = lock_directory(runtime, "--runtime", mode=0o755)
         for finding in findings:
             os.close(lock_directory(Path(finding.root), "--root"))
+        for endpoint in (config.router_endpoint, config.publisher_endpoint):
+            refuse_taken(endpoint)
         self._private = runtime / "actors"
         self._private.mkdir(mode=0o700, exist_ok=True)
         self._back = f"ipc://{self._private}/router.sock"
@@ -213,20 +215,20 @@ class Server:
             self._close()
 
     async def _supervise(self) -> None:
-        """Run the actors until a signal, then see them off."""
-        async with anyio.create_task_group() as late:
-            async with anyio.create_task_group() as actors:
-                for actor in self._supervisor.actors.values():
-                    actors.start_soon(self._supervisor.run, actor)
-                with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        """Run the actors until a signal, then see them off; a further signal changes nothing."""
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async with anyio.create_task_group() as late:
+                async with anyio.create_task_group() as actors:
+                    for actor in self._supervisor.actors.values():
+                        actors.start_soon(self._supervisor.run, actor)
                     async for signum in signals:
                         log.info("stopping", signal=signal.Signals(signum).name)
                         break
-                notify("STOPPING=1")
-                self._supervisor.stopping()
-                self._router.stop()
-                late.start_soon(self._supervisor.kill_late)
-            late.cancel_scope.cancel()
+                    notify("STOPPING=1")
+                    self._supervisor.stopping()
+                    self._router.stop()
+                    late.start_soon(self._supervisor.kill_late)
+                late.cancel_scope.cancel()
 
     def _close(self) -> None:
         """Pass on the last words of the actors, then let go of sockets and places."""
@@ -242,6 +244,25 @@ class Server:
         self._private.rmdir()
         os.close(self._lock)
         log.info("stopped")
+
+
+def refuse_taken(endpoint: str) -> None:
+    """FailedPrecondition when an ipc endpoint's path is somebody else's: a bind would silently take it away."""
+    if not endpoint.startswith("ipc://"):
+        return
+    path = Path(endpoint.removeprefix("ipc://"))
+    try:
+        is_socket = path.is_socket() or not path.exists()
+    except OSError as error:
+        raise FailedPrecondition(f"{path} cannot be used: {error.strerror}: choose another endpoint") from None
+    if not is_socket:
+        raise FailedPrecondition(f"{path} exists and is no socket: choose another endpoint")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except OSError:
+            return
+    raise FailedPrecondition(f"a broker already serves {path}: stop it, or give this one another endpoint")
 
 
 def notify(message: str) -> None:

@@ -145,7 +145,7 @@ class Supervisor:
         actor.last_heard = time.monotonic()
         try:
             process = await anyio.open_process(
-                [sys.executable, "-m", actor.module, str(os.getpid())], stdin=-1, stdout=None, stderr=None
+                [sys.executable, "-P", "-m", actor.module, str(os.getpid())], stdin=-1, stdout=None, stderr=None
             )
         except OSError as error:
             log.error("an actor cannot be started", actor=actor.name, error=str(error))

@@ -133,7 +133,7 @@ class Hand:
                 raise Cancelled("the actor is stopping")
             if self._child is None:
                 self._child = subprocess.Popen(
-                    [sys.executable, "-m", "broker.snapshotter.hands", str(os.getpid()), str(self._niceness)],
+                    [sys.executable, "-P", "-m", "broker.snapshotter.hands", str(os.getpid()), str(self._niceness)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     # The root stays locked until the last of its processes is gone.
