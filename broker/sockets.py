@@ -29,6 +29,7 @@ class Port:
         self._descriptor = int(socket.getsockopt(zmq.FD))
         self._draining = False
         self._again = False
+        self._closed = False
         self.received = 0
         self.sent = 0
         self.undeliverable = 0
@@ -42,7 +43,7 @@ class Port:
 
     def drain(self) -> bool:
         """Hand every waiting message to the handler; whether there may be more."""
-        if self._draining:
+        if self._draining or self._closed:
             return False
         self._draining = True
         receive, handler = self._socket.recv_multipart, self._handler
@@ -83,4 +84,5 @@ class Port:
 
     def close(self) -> None:
         """Close the socket, giving what is under way a moment."""
+        self._closed = True
         self._socket.close(linger=200)

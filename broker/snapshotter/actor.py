@@ -70,7 +70,7 @@ class SnapshotterActor:
         backend_type = registry.load(setup.backend)
         self.backend = backend_type.open(root, msgspec.convert(setup.options, backend_type.Options))
         self._environment = Environment(Path(setup.metadata), limits.store)
-        snapshots = Snapshots(self._environment)
+        snapshots = Snapshots(self._environment, writes=True)
         self._journal = Journal(self._environment, setup.name, limits.journal)
         ids = Ids(self._environment, snapshots)
         place = Place(setup.backend, setup.root, setup.options)
@@ -85,6 +85,7 @@ class SnapshotterActor:
         self._writer = Writer(
             self._environment,
             self._journal,
+            snapshots,
             verbs,
             ids,
             self._pool,
@@ -95,6 +96,7 @@ class SnapshotterActor:
         # The loop's thread reads with a Snapshots of its own: its cache of chains is not shared with the writer.
         self._reader = Reader(self._environment, Snapshots(self._environment), self._journal, self.backend)
         self._recovery = Recovery(self.backend, snapshots, self._writer, self._trash, ids.boundary)
+        verbs.moved = self._recovery.see
         self.service: Service | None = None
 
     async def run(self, ready: Callable[[], None]) -> None:

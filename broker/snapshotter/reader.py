@@ -176,7 +176,7 @@ class Reader:
             with self._environment.read() as txn:
                 oldest, newest = self._journal.bounds(txn)
                 self._journal.check(since, oldest, newest)
-                bodies, reached = self._journal.page(txn, since, topics, min(size, 4000), 4 * SCAN_MAX)
+                bodies, reached = self._journal.page(txn, since, topics, size, 4 * SCAN_MAX, PAGE_BYTES_MAX)
             return (
                 encode(EventPage([msgspec.Raw(body) for body in bodies], reached, newest)),
                 reached,

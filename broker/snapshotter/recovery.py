@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
+import msgspec
 import structlog
 from snapbroker.errors import BrokerError
 
@@ -59,6 +60,7 @@ class Recovery:
         self._stopped = False
         self.checked = 0
         self.broken = 0
+        self.damaged = 0
         self.leftovers = 0
         self.finished = False
 
@@ -66,17 +68,26 @@ class Recovery:
         """Queue the first page."""
         self._page(b"")
 
+    def see(self, id_: int) -> None:
+        """A record moves to another key, perhaps from ahead of the scan to behind it; called by the writer."""
+        if not self.finished:
+            self._seen.add(id_)
+
     def stop(self) -> None:
         """Queue no further page."""
         self._stopped = True
 
     def _page(self, after: bytes) -> None:
-        rows: list[tuple[bytes, Record]] = []
+        rows: list[tuple[bytes, Record | None]] = []
 
         def run(txn: Transaction, _turn: object, _now: int) -> None:
             rows[:] = list(self._snapshots.scan(txn, after, PAGE))
             for key, record in rows:
-                self._look(txn, key, record)
+                if record is None:
+                    self.damaged += 1
+                    log.error("a record is damaged", key=repr(key))
+                else:
+                    self._look(txn, key, record)
 
         def done(error: BrokerError | None) -> None:
             if error is not None:
@@ -98,7 +109,7 @@ class Recovery:
             info = record.decoded()
             snapshot = snapshot_of(self._snapshots, txn, namespace, info, record)
             whole = self._backend.whole(snapshot)
-        except (BrokerError, OSError) as error:
+        except (BrokerError, OSError, msgspec.MsgspecError) as error:
             log.warning("a snapshot cannot be looked at", namespace=namespace, id=record.id, error=str(error))
             whole = False
         if whole == record.broken:
@@ -111,7 +122,8 @@ class Recovery:
         """Discard what has no record; in a worker."""
         try:
             self._trash.recover(list(self._backend.discarded()))
-            for id_ in self._backend.ids():
+            # Whose files a damaged record speaks of is unknown: nothing may be taken for a left-over.
+            for id_ in () if self.damaged else self._backend.ids():
                 if self._stopped:
                     return
                 if id_ < self._boundary and id_ not in self._seen:
@@ -129,5 +141,6 @@ class Recovery:
             "finished": int(self.finished),
             "checked": self.checked,
             "broken": self.broken,
+            "damaged": self.damaged,
             "leftovers": self.leftovers,
         }

@@ -71,6 +71,10 @@ class Holds:
         if need.pins:
             self.pins[need.pins] += 1
 
+    def pinned(self, id_: int, operation: Operation) -> bool:
+        """Whether an operation other than this one needs the snapshot as a parent."""
+        return self.pins[id_] > sum(need.pins == id_ for need in operation.needs)
+
     def drop(self, operation: Operation, need: Need) -> None:
         """Let go of what `need` touches."""
         operation.needs.remove(need)
@@ -129,6 +133,8 @@ class Verbs:
         self._trash = trash
         self._layers_max = layers_max
         self.holds = Holds()
+        self.moved: Callable[[int], None] = lambda _id: None
+        """Told of every id whose record goes to another key: a scan of the records may miss it."""
         self.handlers: Mapping[type[Any], Callable[[Scene, Any], bytes | Need]] = {
             Prepare: self.prepare,
             View: self.view,
@@ -258,6 +264,7 @@ class Verbs:
         labels = without_empty(call.labels)
         committed = Info(call.name, Kind.COMMITTED, parent, labels, scene.now, scene.now)
         encoded = encode_info(committed)
+        self.moved(record.id)
         self._snapshots.delete(scene.txn, source, record)
         self._snapshots.insert(
             scene.txn,
@@ -306,11 +313,11 @@ class Verbs:
         record = self._snapshots.get(scene.txn, index)
         if record is None:
             raise NotFound(f"snapshot {call.key!r} does not exist")
-        if index in self.holds.consumes:
+        if self.holds.consumes.get(index, scene.operation) is not scene.operation:
             raise FailedPrecondition(f"cannot remove snapshot {call.key!r} while it is being committed")
         if self._snapshots.has_children(scene.txn, record.id):
             raise FailedPrecondition(f"cannot remove snapshot with child: {call.key!r}")
-        if record.id in self.holds.pins:
+        if self.holds.pinned(record.id, scene.operation):
             raise FailedPrecondition(f"cannot remove snapshot with child: one is being made of {call.key!r}")
         self._snapshots.delete(scene.txn, index, record)
         if record.kind is Kind.COMMITTED:

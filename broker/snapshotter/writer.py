@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from broker.snapshotter.ids import Ids
     from broker.snapshotter.pool import Pool
-    from broker.store import Environment, Journal
+    from broker.store import Environment, Journal, Snapshots
     from broker.store.journal import Turn
 
 log = structlog.get_logger()
@@ -72,6 +72,7 @@ class Writer:
         self,
         environment: Environment,
         journal: Journal,
+        snapshots: Snapshots,
         verbs: Verbs,
         ids: Ids,
         pool: Pool | None,
@@ -82,6 +83,7 @@ class Writer:
     ) -> None:
         self._environment = environment
         self._journal = journal
+        self._snapshots = snapshots
         self._verbs = verbs
         self._ids = ids
         self._pool = pool
@@ -182,6 +184,7 @@ class Writer:
             self._fail(batch, Internal(f"the turn failed: {error!r}; nothing was changed"))
             return
         self._journal.settle(draft.turn)
+        self._snapshots.settle()
         self._fresh_holds.clear()
         for operation, needs in draft.needs:
             self._dispatch(operation, needs)
@@ -198,7 +201,7 @@ class Writer:
     def _decide(self, txn: Transaction, batch: list[Operation | Errand]) -> _Draft:
         """Decide every operation; run again from scratch when the map had to grow, so it keeps no state."""
         now = self._clock()
-        self._drop_fresh_holds()
+        self._drop_fresh()
         draft = _Draft(self._journal.begin())
         monotonic = time.monotonic_ns()
         for item in batch:
@@ -239,7 +242,7 @@ class Writer:
         draft.results.append((operation, [answer]))
 
     def _decide_atomic(self, scene: Scene, operation: Operation, draft: _Draft) -> None:
-        mark = draft.turn.mark()
+        mark, chains = draft.turn.mark(), self._snapshots.mark()
         outer = scene.txn
         results: list[Result] = []
         try:
@@ -251,10 +254,12 @@ class Writer:
                     results.append(answer)
         except _NeedsWork as needs:
             draft.turn.rewind(mark)
+            self._snapshots.rewind(chains)
             self._hold(operation, needs.index, needs.need, draft)
             return
         except BrokerError as error:
             draft.turn.rewind(mark)
+            self._snapshots.rewind(chains)
             failed = scene.index
             results = [
                 error
@@ -274,8 +279,9 @@ class Writer:
         self._fresh_holds.append((operation, need))
         draft.needs.append((operation, [(index, need)]))
 
-    def _drop_fresh_holds(self) -> None:
-        """The transaction they were taken in did not commit."""
+    def _drop_fresh(self) -> None:
+        """The transaction in which holds were taken and chains learnt did not commit."""
+        self._snapshots.rewind()
         for operation, need in self._fresh_holds:
             self._verbs.holds.drop(operation, need)
         self._fresh_holds.clear()
@@ -283,7 +289,7 @@ class Writer:
     def _fail(self, batch: list[Operation | Errand], error: BrokerError) -> None:
         """The transaction did not commit: nothing changed, everybody is told."""
         log.error("a transaction did not commit", error=str(error), operations=len(batch))
-        self._drop_fresh_holds()
+        self._drop_fresh()
         operations = [item for item in batch if isinstance(item, Operation)]
         for operation in operations:
             self._let_go(operation)

@@ -35,6 +35,10 @@ class Retention(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """Oldest event, in seconds."""
 
 
+NO_INFO: Final = msgspec.Raw(b"")
+"""What `Entry.info` is where there is none; left out by identity, so it must be this very object."""
+
+
 class Entry(msgspec.Struct, omit_defaults=True, gc=False):
     """An Event as it is written: the same fields as `snapbroker.contract.Event`, the Info still encoded."""
 
@@ -45,7 +49,7 @@ class Entry(msgspec.Struct, omit_defaults=True, gc=False):
     namespace: str
     verb: str
     key: str = ""
-    info: msgspec.Raw = msgspec.Raw(b"")
+    info: msgspec.Raw = NO_INFO
 
 
 Published = tuple[str, int, bytes]
@@ -72,7 +76,8 @@ class Turn:
         previous = self.topics.get(name)
         if previous is None:
             previous = journal.newest_of(txn, name)
-        body = _encode(Entry(sequence, previous, now, journal.snapshotter, namespace, verb, key, msgspec.Raw(info)))
+        raw = msgspec.Raw(info) if info else NO_INFO
+        body = _encode(Entry(sequence, previous, now, journal.snapshotter, namespace, verb, key, raw))
         txn.put(_U64.pack(sequence), body, db=journal.db, append=True)
         self.sequence = sequence
         self.topics[name] = sequence
@@ -172,20 +177,23 @@ class Journal:
             return int(_U64.unpack(cursor.key())[0]) if cursor.last() else 0
 
     def page(
-        self, txn: Transaction, since: int, topics: tuple[str, ...], count: int, scan_max: int
+        self, txn: Transaction, since: int, topics: tuple[str, ...], count: int, scan_max: int, room: int
     ) -> tuple[list[bytes], int]:
         """Up to `count` encoded events above `since` on the topic prefixes, looking at `scan_max` at most.
+
+        The page ends with the event that makes it larger than `room` bytes.
 
         Also the sequence up to which the journal has been looked at.
         """
         bodies: list[bytes] = []
         with txn.cursor(db=self.db) as cursor:
             found = cursor.set_range(_U64.pack(since + 1))
-            while found and len(bodies) < count and scan_max:
+            while found and len(bodies) < count and scan_max and room > 0:
                 key, body = cursor.item()
                 since = int(_U64.unpack(key)[0])
                 if not topics or _topic_of(body).startswith(topics):
                     bodies.append(bytes(body))
+                    room -= len(body)
                 scan_max -= 1
                 found = cursor.next()
         return bodies, since

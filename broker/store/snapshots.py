@@ -28,13 +28,16 @@ _CHAIN_IDS_MAX: Final = 1 << 20
 class Snapshots:
     """The snapshots database with its two indexes: children by parent, and committed names by `snapshot.ref`."""
 
-    def __init__(self, environment: Environment) -> None:
+    def __init__(self, environment: Environment, *, writes: bool = False) -> None:
+        """With `writes`, chains learnt in a transaction are kept only once it is settled."""
+        self._writes = writes
         self._db = environment.snapshots
         self._children = environment.children
         self._references = environment.references
         self._meta = environment.meta
         self._chains: OrderedDict[int, tuple[int, ...]] = OrderedDict()
         self._chain_ids = 0
+        self._fresh: list[int] = []
 
     # One record.
 
@@ -99,9 +102,26 @@ class Snapshots:
     def _remember(self, chain: tuple[int, ...]) -> None:
         self._chains[chain[0]] = chain
         self._chain_ids += len(chain)
+        if self._writes:
+            self._fresh.append(chain[0])
         while self._chain_ids > _CHAIN_IDS_MAX and len(self._chains) > 1:
             _, dropped = self._chains.popitem(last=False)
             self._chain_ids -= len(dropped)
+
+    def settle(self) -> None:
+        """The transaction is committed: what was learnt of chains in it holds."""
+        self._fresh.clear()
+
+    def mark(self) -> int:
+        """Where the transaction is, for `rewind`."""
+        return len(self._fresh)
+
+    def rewind(self, mark: int = 0) -> None:
+        """Forget the chains learnt since `mark`: the transaction that knew them was dropped."""
+        for id_ in self._fresh[mark:]:
+            dropped = self._chains.pop(id_, None)
+            self._chain_ids -= len(dropped) if dropped else 0
+        del self._fresh[mark:]
 
     # References: "do you have this?" (C93-C96).
 
@@ -145,7 +165,8 @@ class Snapshots:
         rows: list[tuple[str | None, Record]] = []
         with txn.cursor(db=self._db) as cursor:
             found = cursor.set_range(start)
-            if found and after and cursor.key() == index_key(namespace, after) == start:
+            if found and after and cursor.key() == start:
+                # The name itself; or, behind a long name, the plain name of its first 400 bytes, which is before it.
                 found = cursor.next()
             while found:
                 key, value = bytes(cursor.key()), cursor.value()
@@ -175,14 +196,21 @@ class Snapshots:
         run.sort(key=lambda item: str(item[0]).encode())
         return run, found
 
-    def scan(self, txn: Transaction, after: bytes, count: int) -> Iterator[tuple[bytes, Record]]:
-        """Up to `count` records of all namespaces behind the index key `after`, in the index's order."""
+    def scan(self, txn: Transaction, after: bytes, count: int) -> Iterator[tuple[bytes, Record | None]]:
+        """Up to `count` records of all namespaces behind the index key `after`, in the index's order.
+
+        None stands for a record that is damaged.
+        """
         with txn.cursor(db=self._db) as cursor:
             found = cursor.set_range(after) if after else cursor.first()
             if found and after and cursor.key() == after:
                 found = cursor.next()
             while found and count:
-                yield bytes(cursor.key()), decode_record(cursor.value())
+                key, value = bytes(cursor.key()), cursor.value()
+                try:
+                    yield key, decode_record(value)
+                except (ValueError, struct.error):
+                    yield key, None
                 count -= 1
                 found = cursor.next()
 
