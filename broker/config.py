@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import tomllib
 from pathlib import Path
@@ -101,6 +102,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return Path(self.runtime or default_runtime())
 
     @property
+    def actors_socket(self) -> Path:
+        """The socket between the broker and its actors, in a directory of its own that nobody else may enter."""
+        return self.runtime_path / "actors" / "router.sock"
+
+    @property
     def router_endpoint(self) -> str:
         """The router's endpoint."""
         return self.endpoint or f"ipc://{self.runtime_path}/router.sock"
@@ -179,13 +185,14 @@ def check(config: Config, source: str) -> None:
     if config.log_format not in ("auto", "json", "console"):
         raise InvalidArgument(f"{source}: log_format: {config.log_format!r} is not auto, json or console")
     _check_numbers(msgspec.to_builtins(config), "", source)
-    roots: dict[str, str] = {}
+    taken: dict[tuple[str, str], str] = {}
     for name, section in config.snapshotters.items():
         _check_section(name, section, source)
-        root = os.path.normpath(section.root or config.root_path / name)
-        if root in roots:
-            raise InvalidArgument(f"{source}: snapshotters.{name}.root: {root} is the root of {roots[root]} already")
-        roots[root] = name
+        root = section.root or str(config.root_path / name)
+        for key, place in (("root", root), ("metadata", section.metadata or f"{root}/metadata")):
+            other = taken.setdefault((key, os.path.realpath(place)), name)
+            if other != name:
+                raise InvalidArgument(f"{source}: snapshotters.{name}.{key}: {place} is the {key} of {other!r} already")
 
 
 def _check_absolute(path: str, key: str, source: str) -> None:
@@ -194,6 +201,14 @@ def _check_absolute(path: str, key: str, source: str) -> None:
 
 
 def _check_endpoints(config: Config, source: str) -> None:
+    if config.router_endpoint == config.publisher_endpoint and not config.router_endpoint.endswith(":*"):
+        raise InvalidArgument(
+            f"{source}: events_endpoint: {config.publisher_endpoint!r} is the router's endpoint already"
+        )
+    if len(os.fsencode(config.actors_socket)) > IPC_PATH_BYTES_MAX:
+        raise InvalidArgument(
+            f"{source}: runtime: {config.actors_socket} has over {IPC_PATH_BYTES_MAX} bytes: choose a shorter runtime"
+        )
     for key, endpoint in (("endpoint", config.router_endpoint), ("events_endpoint", config.publisher_endpoint)):
         scheme, _, address = endpoint.partition("://")
         if scheme not in ("ipc", "tcp") or not address:
@@ -206,10 +221,17 @@ def _check_endpoints(config: Config, source: str) -> None:
             host, _, port = address.rpartition(":")
             if not (port == "*" or (port.isdecimal() and int(port) < 65536)) or not host:
                 raise InvalidArgument(f"{source}: {key}: {endpoint!r} has no port: tcp://ADDRESS:PORT")
-            if host not in ("[::1]", "localhost") and not host.startswith("127."):
+            if not _is_loopback(host):
                 raise InvalidArgument(
                     f"{source}: {key}: {endpoint!r} is not loopback, and tcp carries no authentication"
                 )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def _check_section(name: str, section: SnapshotterSection, source: str) -> None:

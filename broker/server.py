@@ -96,9 +96,9 @@ class Server:
             os.close(lock_directory(Path(finding.root), "--root"))
         for endpoint in (config.router_endpoint, config.publisher_endpoint):
             refuse_taken(endpoint)
-        self._private = runtime / "actors"
+        self._private = config.actors_socket.parent
         self._private.mkdir(mode=0o700, exist_ok=True)
-        self._back = f"ipc://{self._private}/router.sock"
+        self._back = f"ipc://{config.actors_socket}"
         old = os.umask(0o777 & ~config.socket_mode)
         try:
             self._publisher = Publisher(self._context, config.publisher_endpoint, config.publisher)

@@ -6,7 +6,6 @@ encoded answers are kept, up to a limit in bytes.
 
 from __future__ import annotations
 
-import struct
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -141,7 +140,7 @@ class Reader:
     ) -> tuple[list[tuple[str | None, Record]], bool]:
         try:
             return self._snapshots.page(txn, namespace, after, count)
-        except (ValueError, struct.error, msgspec.MsgspecError) as error:
+        except msgspec.MsgspecError as error:
             raise Internal(f"a record behind {after!r} is damaged: {error}") from error
 
     def _select(

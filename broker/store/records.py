@@ -1,7 +1,8 @@
 """What one record looks like: a fixed header for the broker, and behind it the Info exactly as the wire sends it.
 
-A stat is then one lookup and a slice, without decoding anything. Header, 36 bytes, big endian: kind (1), flags
-(1), depth (2), id (8), parent's id (8), inodes (8), size (8). Depth is the number of ancestors.
+A stat is then one lookup and a slice, without decoding anything. Header, 40 bytes, big endian: CRC-32 of all that
+follows (4), kind (1), flags (1), depth (2), id (8), parent's id (8), inodes (8), size (8). Depth is the number of
+ancestors. The sum is there because a damaged Info would otherwise be sent as it is and spoil a whole reply.
 
 The index key is `namespace NUL name`. LMDB keys end at 511 bytes: a name over 400 bytes is indexed by its first
 400 bytes and a digest (D3), the full name being in the Info; readers that promise the order of names sort the
@@ -12,13 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import zlib
 from typing import Final, NamedTuple
 
 import msgspec
 from snapbroker.contract import Info, Kind, Usage
 
 _HEADER: Final = struct.Struct(">BBHQQQQ")
-HEADER_BYTES: Final = _HEADER.size
+_SUM: Final = struct.Struct(">I")
+HEADER_BYTES: Final = _SUM.size + _HEADER.size
 _KINDS: Final = (Kind.VIEW, Kind.ACTIVE, Kind.COMMITTED)
 _KIND_NUMBERS: Final = {kind: number for number, kind in enumerate(_KINDS)}
 BROKEN: Final = 1
@@ -60,23 +63,21 @@ class Record(NamedTuple):
 
     def encode(self) -> bytes:
         """The value that is stored."""
-        return (
+        body = (
             _HEADER.pack(
-                _KIND_NUMBERS[self.kind],
-                self.flags,
-                self.depth,
-                self.id,
-                self.parent_id,
-                self.inodes,
-                self.size,
+                _KIND_NUMBERS[self.kind], self.flags, self.depth, self.id, self.parent_id, self.inodes, self.size
             )
             + self.info
         )
+        return _SUM.pack(zlib.crc32(body)) + body
 
 
 def decode_record(value: bytes | memoryview) -> Record:
     """The record in a stored value; ValueError or struct.error when it is damaged."""
-    kind, flags, depth, id_, parent_id, inodes, size = _HEADER.unpack_from(value)
+    (checksum,) = _SUM.unpack_from(value)
+    kind, flags, depth, id_, parent_id, inodes, size = _HEADER.unpack_from(value, _SUM.size)
+    if zlib.crc32(value[_SUM.size :]) != checksum:
+        raise ValueError("its checksum is wrong")
     if kind >= len(_KINDS):
         raise ValueError(f"unknown kind {kind}")
     return Record(_KINDS[kind], flags, depth, id_, parent_id, inodes, size, bytes(value[HEADER_BYTES:]))

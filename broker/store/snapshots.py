@@ -46,10 +46,7 @@ class Snapshots:
         value = txn.get(key, db=self._db)
         if value is None:
             return None
-        try:
-            return decode_record(value)
-        except (ValueError, struct.error) as error:
-            raise Internal(f"the record of {key!r} is damaged ({error}): run `snapbrokerd doctor`") from error
+        return _decoded(key, value)
 
     def put(self, txn: Transaction, key: bytes, record: Record) -> None:
         """Write a record over whatever is at the key; indexes are the caller's business."""
@@ -176,7 +173,7 @@ class Snapshots:
                     run, found = self._long_run(cursor, key[:-32])
                     rows.extend(item for item in run if item[0] > after)  # type: ignore[operator]
                 else:
-                    rows.append((None, decode_record(value)))
+                    rows.append((None, _decoded(key, value)))
                     found = cursor.next()
                 if len(rows) >= scan_max:
                     return rows, not found
@@ -190,7 +187,7 @@ class Snapshots:
             key = bytes(cursor.key())
             if len(key) != len(stem) + 32 or not key.startswith(stem):
                 break
-            record = decode_record(cursor.value())
+            record = _decoded(key, cursor.value())
             run.append((record.decoded().name, record))
             found = cursor.next()
         run.sort(key=lambda item: str(item[0]).encode())
@@ -228,6 +225,14 @@ class Snapshots:
     def reserve_ids(self, txn: Transaction, first: int, count: int) -> None:
         """Note that ids up to `first + count - 1` may be used from this commit on."""
         txn.put(_NEXT_ID, _U64.pack(first + count), db=self._meta)
+
+
+def _decoded(key: bytes, value: bytes | memoryview) -> Record:
+    try:
+        return decode_record(value)
+    except (ValueError, struct.error) as error:
+        name = key.partition(b"\0")[2].decode(errors="replace")
+        raise Internal(f"the record of {name!r} is damaged: {error}") from error
 
 
 def _reference_key(namespace: str, reference: str) -> bytes:
