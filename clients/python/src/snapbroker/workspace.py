@@ -1,0 +1,125 @@
+"""A prepared snapshot as a directory to work in: mounted on entering, committed or discarded on leaving.
+
+Whatever happens in the block, neither mount nor key nor directory stays behind; where the key cannot be removed,
+a note on the error says so. A key is only removed if this workspace has prepared it: after a prepare without a
+reply that is certain for a random key alone.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import anyio
+import anyio.to_thread
+
+from snapbroker import mount
+from snapbroker.errors import BrokerError, DeadlineExceeded, NotFound, Unavailable
+
+if TYPE_CHECKING:
+    from snapbroker import aio
+    from snapbroker.blocking import Broker
+
+DISCARD_SECONDS: Final = 30.0
+"""How long removing a workspace may take when an error, or a cancellation, is on its way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to prepare, and what to make of it."""
+
+    parent: str
+    commit_as: str | None
+    key: str
+    random: bool
+    labels: Mapping[str, str] | None
+    sync: bool
+
+    @classmethod
+    def of(
+        cls, parent: str, commit_as: str | None, key: str | None, labels: Mapping[str, str] | None, sync: bool
+    ) -> Plan:
+        """The plan, with a random key where none is given."""
+        return cls(parent, commit_as, key or f"workspace-{secrets.token_hex(8)}", not key, labels, sync)
+
+    def may_exist_after(self, error: BaseException) -> bool:
+        """Whether a prepare that ended so may have made the key, and nobody else can have."""
+        refused = isinstance(error, BrokerError) and not isinstance(error, DeadlineExceeded | Unavailable)
+        return self.random and not refused
+
+
+@contextmanager
+def blocking(broker: Broker, plan: Plan) -> Iterator[Path]:
+    """The workspace of a blocking program."""
+    try:
+        mounts = broker.prepare(plan.key, plan.parent, plan.labels)
+    except BaseException as error:
+        if plan.may_exist_after(error):
+            _discard(broker, plan, error)
+        raise
+    try:
+        with mount.mounted(mounts) as path:
+            yield path
+        if plan.commit_as is not None:
+            broker.commit(plan.commit_as, plan.key, labels=plan.labels, sync=plan.sync)
+    except BaseException as error:
+        _discard(broker, plan, error)
+        raise
+    if plan.commit_as is None:
+        broker.remove(plan.key)
+
+
+def _discard(broker: Broker, plan: Plan, reason: BaseException) -> None:
+    try:
+        broker.remove(plan.key, timeout=DISCARD_SECONDS)
+    except NotFound:
+        return
+    except BrokerError as error:
+        reason.add_note(_left_over(plan, error))
+
+
+@asynccontextmanager
+async def asynchronous(broker: aio.Broker, plan: Plan) -> AsyncIterator[Path]:
+    """The workspace of an asyncio program: mounted in a thread, put away even if the task is cancelled."""
+    try:
+        mounts = await broker.prepare(plan.key, plan.parent, plan.labels)
+    except BaseException as error:
+        if plan.may_exist_after(error):
+            await _discard_shielded(broker, plan, error)
+        raise
+    try:
+        mounted = mount.mounted(mounts)
+        path = await anyio.to_thread.run_sync(mounted.__enter__)
+        try:
+            yield path
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(mounted.__exit__, type(error), error, error.__traceback__)
+            raise
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(mounted.__exit__, None, None, None)
+        if plan.commit_as is not None:
+            await broker.commit(plan.commit_as, plan.key, labels=plan.labels, sync=plan.sync)
+    except BaseException as error:
+        await _discard_shielded(broker, plan, error)
+        raise
+    if plan.commit_as is None:
+        await broker.remove(plan.key)
+
+
+async def _discard_shielded(broker: aio.Broker, plan: Plan, reason: BaseException) -> None:
+    with anyio.CancelScope(shield=True):
+        try:
+            await broker.remove(plan.key, timeout=DISCARD_SECONDS)
+        except NotFound:
+            return
+        except BrokerError as error:
+            reason.add_note(_left_over(plan, error))
+
+
+def _left_over(plan: Plan, error: BrokerError) -> str:
+    return f"the workspace {plan.key!r} could not be removed, remove it later: {error.message}"
