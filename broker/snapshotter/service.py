@@ -104,7 +104,7 @@ class Ticket:
         self.bytes = 0
         self.closed = False
         self.operations: list[Operation] = []
-        self.scopes: list[anyio.CancelScope] = []
+        self.scopes: dict[int, anyio.CancelScope] = {}
 
     def settle(self, index: int, result: Result) -> None:
         """Take an outcome; `flush` sends it."""
@@ -143,12 +143,15 @@ class Ticket:
     def _send(self, status: bytes, outcomes: tuple[Outcome, ...]) -> None:
         self.service.send(self.client, self.request_id, status, encode(Reply(outcomes=outcomes)))
 
-    def cancel(self) -> None:
-        """Take back what is not done yet."""
+    def cancel(self, calls: tuple[int, ...] = ()) -> None:
+        """Take back what is not done yet; with `calls`, of these numbers only."""
         for operation in self.operations:
-            operation.cancel()
-        for scope in self.scopes:
-            scope.cancel()
+            numbers = range(operation.first, operation.first + len(operation.calls))
+            if not calls or any(number in numbers for number in calls):
+                operation.cancel()
+        for number, scope in self.scopes.items():
+            if not calls or number in calls:
+                scope.cancel()
 
 
 class Service:
@@ -296,7 +299,7 @@ class Service:
         other = self._open.get((ticket.client, call.request))
         if other is None or other is ticket:
             raise NotFound("no such open request of this client; perhaps it is done")
-        other.cancel()
+        other.cancel(call.calls)
         ticket.settle(index, encode({}))
 
     # Streams.
@@ -309,7 +312,7 @@ class Service:
             )
         self._streams += 1
         scope = anyio.CancelScope()
-        ticket.scopes.append(scope)
+        ticket.scopes[index] = scope
         self._tasks.start_soon(self._run_stream, ticket, index, scope, stream, arguments)
 
     async def _run_stream(

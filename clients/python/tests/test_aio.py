@@ -195,20 +195,21 @@ async def test_a_cancelled_call_is_taken_back(broker: Broker, fake: FakeBroker):
     assert broker.statistics().under_way == 0
 
 
-async def test_a_request_is_taken_back_when_the_last_of_its_callers_has_gone(broker: Broker, fake: FakeBroker):
+async def test_a_call_of_many_is_taken_back_alone_and_the_request_with_the_last_of_its_callers(broker: Broker, fake: FakeBroker):
     fake.script.append(fake_broker.silence)
     calls = [asyncio.create_task(broker.prepare(f"k{number}")) for number in range(3)]
     await seen(fake, lambda: fake.received)
     calls[0].cancel()
     with pytest.raises(asyncio.CancelledError):
         await calls[0]
+    await seen(fake, lambda: fake.cancelled() == [fake.received[0].request_id])
     fake.run(lambda: fake.received[0].part(Reply(outcomes=(fake.outcome(fake.received[0], 1),))))
     assert await calls[1]
-    assert fake.cancelled() == []
     calls[2].cancel()
     with pytest.raises(asyncio.CancelledError):
         await calls[2]
-    await seen(fake, lambda: fake.cancelled() == [fake.received[0].request_id])
+    await seen(fake, lambda: fake.cancelled() == [fake.received[0].request_id] * 2)
+    assert [call.calls for received in fake.requests("cancel") for call in received.calls] == [(0,), ()]
 
 
 async def test_a_call_cancelled_in_its_own_turn_is_not_sent(broker: Broker, fake: FakeBroker):

@@ -123,7 +123,7 @@ class _Connection:
         except asyncio.CancelledError:
             if future.cancelled():
                 exchange.abandon()
-                self.take_back_if_forsaken(exchange)
+                self._take_back_call(exchange, future)
             raise
 
     def flush(self) -> None:
@@ -250,11 +250,18 @@ class _Connection:
             self._take_back(pursuit)
             self._forget(pursuit)
 
-    def _take_back(self, pursuit: Pursuit) -> None:
+    def _take_back_call(self, exchange: Exchange, slot: asyncio.Future[T]) -> None:
+        """One caller gave up: its call is taken back alone while others wait for theirs."""
+        if exchange.forsaken:
+            self.take_back_if_forsaken(exchange)
+        elif exchange.request_id in self._under_way and (number := exchange.number(slot)) is not None:
+            self._take_back(exchange, (number,))
+
+    def _take_back(self, pursuit: Pursuit, calls: tuple[int, ...] = ()) -> None:
         if not pursuit.sent:
             return
         self._number += 1
-        body = session.encode_cancel(pursuit.request_id, pursuit.namespace)
+        body = session.encode_cancel(pursuit.request_id, pursuit.namespace, calls)
         frames = (REQUEST_VERSION, self._number.to_bytes(8, "big"), pursuit.target, body)
         # Without a connection there is nobody to tell: the broker has lost the request with it.
         with suppress(zmq.Again):

@@ -141,9 +141,13 @@ class Events(Message, frozen=True, tag_field="verb", tag="events"):
 
 
 class Cancel(Message, frozen=True, tag_field="verb", tag="cancel"):
-    """Take back the caller's own request `request`: answers `Empty`; its unfinished calls end `cancelled`."""
+    """Take back the caller's own request `request`: answers `Empty`; its unfinished calls end `cancelled`.
+
+    With `calls` only the calls of these numbers are taken back; those of an atomic request only together.
+    """
 
     request: bytes
+    calls: tuple[int, ...] = ()
 
 
 class Status(Message, frozen=True, tag_field="verb", tag="status"):

@@ -160,9 +160,9 @@ def encode(calls: Sequence[Call], namespace: str, timeout: float, *, atomic: boo
     return body
 
 
-def encode_cancel(request_id: bytes, namespace: str) -> bytes:
+def encode_cancel(request_id: bytes, namespace: str, calls: tuple[int, ...] = ()) -> bytes:
     """The body that takes back the request `request_id`."""
-    return protocol.encode(protocol.Request(calls=(protocol.Cancel(request=request_id),), namespace=namespace))
+    return protocol.encode(protocol.Request(calls=(protocol.Cancel(request=request_id, calls=calls),), namespace=namespace))
 
 
 def reply_frames(frames: Sequence[bytes]) -> tuple[bytes, bool, bytes] | None:
@@ -293,6 +293,10 @@ class Exchange(Pursuit):
     def abandon(self) -> None:
         """One caller has given up; its slot is done."""
         self._abandoned += 1
+
+    def number(self, slot: Slot[Any]) -> int | None:
+        """The number in the request of the call whose outcome was to go to `slot`; None once it has its outcome."""
+        return next((number for number, other in enumerate(self._slots) if other is slot), None)
 
     def abandon_all(self) -> None:
         """The one caller of all calls has given up."""
