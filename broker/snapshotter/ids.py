@@ -60,7 +60,7 @@ class Ids:
         with self._lock:
             if self._left() >= BLOCK // 2:
                 return
-        first = self._environment.write(self._reserve)
+        first = self._environment.write(self._reserve, frees=True)
         with self._lock:
             self._blocks.append([first, first + BLOCK])
 

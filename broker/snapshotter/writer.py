@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import structlog
 from snapbroker.errors import BrokerError, Cancelled, DeadlineExceeded, Internal, ResourceExhausted
-from snapbroker.protocol import encode
+from snapbroker.protocol import Commit, Prepare, View, encode
 
 from backends.api import Backend, Snapshot, Task
 from broker.snapshotter.errors import error_of_system
 from broker.snapshotter.operations import Delivery, Labour, Made, Need, Operation, Result
 from broker.snapshotter.verbs import Scene, Verbs
+from broker.store.environment import StoreFull
 
 if TYPE_CHECKING:
     from lmdb import Transaction
@@ -169,13 +170,23 @@ class Writer:
                 self._turn(batch)
         self._executor.shutdown()
 
-    def _turn(self, batch: list[Operation | Errand]) -> None:
+    def _turn(self, batch: list[Operation | Errand], *, frees: bool = False) -> None:
         self._turns += 1
         self._operations += len(batch)
         self._largest = max(self._largest, len(batch))
         try:
-            self._ids.replenish()
-            draft = self._environment.write(lambda txn: self._decide(txn, batch))
+            if not frees:
+                self._ids.replenish()
+            draft = self._environment.write(lambda txn: self._decide(txn, batch), frees=frees)
+        except StoreFull as error:
+            growing: list[Operation | Errand] = [
+                item for item in batch if isinstance(item, Operation) and creates(item)
+            ]
+            rest = [item for item in batch if item not in growing]
+            self._fail(growing if rest and not frees else batch, error)
+            if rest and not frees:
+                self._turn(rest, frees=True)
+            return
         except BrokerError as error:
             self._fail(batch, error)
             return
@@ -404,6 +415,11 @@ class _Draft:
         self.after: list[Callable[[], None]] = []
         self.errands: list[Errand] = []
         self.failed: list[Operation] = []
+
+
+def creates(operation: Operation) -> bool:
+    """Whether an operation makes records, and so waits for room where one that removes must not."""
+    return any(isinstance(call, (Prepare, View, Commit)) for call in operation.calls)
 
 
 class _NeedsWork(Exception):

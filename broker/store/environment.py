@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 FORMAT: Final = 1
 """Version of the records' layout; another one is refused at open."""
 
+RESERVE_STEP_BYTES: Final = 1 << 20
+"""By how much at least the map grows for a transaction that frees."""
+
 T = TypeVar("T")
+
+
+class StoreFull(ResourceExhausted):
+    """The map is as large as it may be."""
 
 
 class StoreLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -48,7 +55,7 @@ class Environment:
         try:
             self._env = lmdb.open(
                 os.fspath(path),
-                map_size=max(limits.map_initial_bytes, 2 * size),
+                map_size=max(min(max(limits.map_initial_bytes, 2 * size), limits.map_max_bytes), size),
                 max_dbs=8,
                 max_spare_txns=4,
                 mode=0o600,
@@ -79,14 +86,18 @@ class Environment:
         with self._gate, self._env.begin() as txn:
             yield txn
 
-    def write(self, work: Callable[[Transaction], T]) -> T:
-        """Run `work` in a write transaction and commit; repeat it in a larger map when this one is full."""
+    def write(self, work: Callable[[Transaction], T], *, frees: bool = False) -> T:
+        """Run `work` in a write transaction and commit; repeat it in a larger map when this one is full.
+
+        Deleting takes pages too: a transaction that only `frees` may use the reserve beyond `map_max_bytes`, or a
+        full database could not be emptied. StoreFull when there is no room left.
+        """
         while True:
             try:
                 with self._env.begin(write=True) as txn:
                     return work(txn)
             except lmdb.MapFullError:
-                self._grow()
+                self._grow(frees=frees)
             except lmdb.DiskError as error:
                 raise ResourceExhausted(f"the metadata database's disk is full: {error}") from error
             except lmdb.Error as error:
@@ -98,15 +109,20 @@ class Environment:
         with self._env.begin(parent=txn, write=True) as child:
             yield child
 
-    def _grow(self) -> None:
+    def _grow(self, *, frees: bool) -> None:
+        limit = self._limits.map_max_bytes
         with self._gate:
             size = int(self._env.info()["map_size"])
-            if size >= self._limits.map_max_bytes:
-                raise ResourceExhausted(
-                    f"the metadata database reached map_max_bytes={self._limits.map_max_bytes}: "
-                    "raise it in the configuration, or remove snapshots"
+            if size < limit:
+                larger = min(2 * size, limit)
+            elif frees and size < limit + limit // 4:
+                larger = size + max(limit // 64, RESERVE_STEP_BYTES)
+            else:
+                raise StoreFull(
+                    f"the metadata database reached map_max_bytes={limit}: raise it in the configuration, or remove "
+                    "snapshots"
                 )
-            self._env.set_mapsize(min(2 * size, self._limits.map_max_bytes))
+            self._env.set_mapsize(larger)
 
     def statistics(self) -> dict[str, int]:
         """Map size, bytes used, and readers, for `status`."""
