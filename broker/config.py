@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import msgspec
-from snapbroker.errors import BrokerError, InvalidArgument
 
 from backends import registry
 from broker.snapshotter.limits import SnapshotterLimits
+from snapbroker.errors import BrokerError, InvalidArgument
 
 
 class RouterLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -35,6 +35,7 @@ from operator import attrgetter
 from typing import Final, NoReturn
 
 import re2  # type: ignore[import-untyped]
+
 from snapbroker.contract import Info
 from snapbroker.errors import InvalidArgument
 from snapbroker.protocol import FILTER_BYTES_MAX, FILTERS_MAX

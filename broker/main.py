@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import anyio
 import msgspec
 import structlog
-from snapbroker.errors import BrokerError
 
 from broker import config as configuration
 from broker import logs
 from broker.server import Finding, Server, examine, version
+from snapbroker.errors import BrokerError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import anyio
 import zmq
-from snapbroker.protocol import Heartbeat, encode, event_frames, heartbeat_topic
 
 from broker.sockets import Port
+from snapbroker.protocol import EVENT_VERSION, Heartbeat, encode, event_frames, heartbeat_topic
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,20 +61,20 @@ class Publisher:
         elif frames[0][:1] == b"\x00":
             self._subscriptions.discard(frames[0][1:])
 
-    def publish(self, snapshotter: str, frames: Sequence[bytes]) -> None:
-        """Publish the events of a turn: topic, sequence (8 bytes), body of each."""
+    def publish(self, snapshotter: str, newest: dict[str, int], frames: Sequence[bytes]) -> None:
+        """Publish the events of a turn: `newest` sequence by topic; topic, sequence (8 bytes), body of each."""
         beat = self._beats.setdefault(snapshotter, _Beat(0, 0, None))
-        heard = bool(self._subscriptions)
+        beat.sequence = max(newest.values())
+        if beat.topics is not None:
+            beat.topics.update(newest)
+            if len(beat.topics) > self._limits.heartbeat_topics_max:
+                beat.topics = None
+        if not self._subscriptions:
+            return
         for position in range(0, len(frames), 3):
-            topic = frames[position].decode()
-            beat.sequence = sequence = int.from_bytes(frames[position + 1])
-            if beat.topics is not None:
-                beat.topics[topic] = sequence
-            if heard:
-                self.port.send(event_frames(topic, sequence, frames[position + 2]))
-                self._published += 1
-        if beat.topics is not None and len(beat.topics) > self._limits.heartbeat_topics_max:
-            beat.topics = None
+            topic, sequence, body = frames[position : position + 3]
+            self.port.send((topic, EVENT_VERSION, sequence, body))
+        self._published += len(frames) // 3
 
     def started(self, snapshotter: str, newest: int) -> None:
         """An actor got ready with this newest sequence; what came before it may never have been published."""

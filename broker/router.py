@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 import zmq
+
+from broker.actor import mailbox
+from broker.sockets import Port
 from snapbroker.errors import (
     BrokerError,
     InvalidArgument,
@@ -27,17 +30,18 @@ from snapbroker.protocol import (
     REQUEST_ID_BYTES_MAX,
     REQUEST_VERSION,
     Reply,
+    decoder,
     encode,
     fault,
 )
-
-from broker.actor import mailbox
-from broker.sockets import Port
 
 if TYPE_CHECKING:
     from broker.actor.supervisor import Actor
 
 log = structlog.get_logger()
+
+
+_decode_newest = decoder(dict[str, int]).decode
 
 
 class Limits(Protocol):
@@ -90,7 +94,7 @@ class Router:
         back_endpoint: str,
         limits: Limits,
         own: Callable[[bytes], bytes],
-        publish: Callable[[str, Sequence[bytes]], None],
+        publish: Callable[[str, dict[str, int], Sequence[bytes]], None],
     ) -> None:
         self._limits = limits
         self._own = own
@@ -194,7 +198,7 @@ class Router:
                 lane.done((client, request_id), time.monotonic_ns())
             self.front.send((client, REQUEST_VERSION, request_id, status, body))
         elif kind == mailbox.EVENTS:
-            self._publish(lane.actor.name, frames[2:])
+            self._publish(lane.actor.name, _decode_newest(frames[2]), frames[3:])
         elif kind == mailbox.REPORT:
             lane.actor.report(frames[2])
 

@@ -14,8 +14,6 @@ import anyio
 import msgspec
 import structlog
 import zmq
-from snapbroker.errors import BrokerError, FailedPrecondition, Unimplemented
-from snapbroker.protocol import Outcome, Reply, Status, StatusAnswer, decode_request, encode, fault
 
 from backends import registry
 from broker.actor.supervisor import Actor, Supervisor, figures
@@ -24,6 +22,8 @@ from broker.lock import lock_directory
 from broker.publisher import Publisher
 from broker.router import Router
 from broker.snapshotter.actor import Setup
+from snapbroker.errors import BrokerError, FailedPrecondition, Unimplemented
+from snapbroker.protocol import Outcome, Reply, Status, StatusAnswer, decode_request, encode, fault
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

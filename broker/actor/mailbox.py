@@ -4,7 +4,8 @@ router to actor:  REQUEST, client's identity, request id, arrival (8 bytes, mono
                   STOP
 actor to router:  READY, body         once, when it serves
                   REPLY, client's identity, request id, MORE or DONE, body
-                  EVENTS, then topic, sequence (8 bytes), body of each event
+                  EVENTS, newest sequence by topic (a MessagePack map), then topic, sequence (8 bytes), body of
+                  each event
                   REPORT, body        every second: its figures, and the sign that its loop turns
 
 Both ends live on one machine, so the monotonic clock is the same.
@@ -19,6 +20,7 @@ from typing import Final
 import zmq
 
 from broker.sockets import Port
+from snapbroker.protocol import encode
 
 REQUEST: Final = b"Q"
 STOP: Final = b"X"
@@ -64,9 +66,12 @@ class Mailbox:
 
     def events(self, events: Sequence[tuple[str, int, bytes]]) -> None:
         """Send the events of a turn."""
-        frames = [EVENTS]
+        frames = [EVENTS, b""]
+        newest: dict[str, int] = {}
         for topic, sequence, body in events:
+            newest[topic] = sequence
             frames += (topic.encode(), U64.pack(sequence), body)
+        frames[1] = encode(newest)
         self.port.send(frames)
 
     def ready(self, body: bytes) -> None:

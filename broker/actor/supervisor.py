@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 import anyio
 import psutil
 import structlog
+
 from snapbroker.protocol import ActorStatus, decoder
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ import anyio
 import msgspec
 import structlog
 import zmq
-from snapbroker.errors import BrokerError
 
 from broker import logs
 from broker.actor.lineage import die_with_parent
 from broker.actor.mailbox import Mailbox
 from broker.snapshotter.actor import Setup, SnapshotterActor
+from snapbroker.errors import BrokerError
 
 REPORT_INTERVAL_S = 1.0
 

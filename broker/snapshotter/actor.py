@@ -13,7 +13,6 @@ import anyio
 import anyio.to_thread
 import msgspec
 import structlog
-from snapbroker.protocol import ActorStatus, encode
 
 from backends import registry
 from backends.api import Pooled
@@ -30,6 +29,7 @@ from broker.snapshotter.trash import Trash
 from broker.snapshotter.verbs import Verbs
 from broker.snapshotter.writer import Writer
 from broker.store import Environment, Journal, Snapshots
+from snapbroker.protocol import ActorStatus, encode
 
 log = structlog.get_logger()
 

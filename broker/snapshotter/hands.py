@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 import msgspec
-from snapbroker.errors import BrokerError, Cancelled, Unavailable
-from snapbroker.protocol import Fault, error_of, fault
 
 from backends.api import Task
 from broker.actor.lineage import die_with_parent
+from snapbroker.errors import BrokerError, Cancelled, Unavailable
+from snapbroker.protocol import Fault, error_of, fault
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

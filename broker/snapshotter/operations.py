@@ -7,11 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from backends.api import Snapshot, Task
 from snapbroker.contract import Usage
 from snapbroker.errors import BrokerError
 from snapbroker.protocol import Call
-
-from backends.api import Snapshot, Task
 
 Result = bytes | BrokerError
 """The outcome of one call: its encoded answer, or its error."""

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 import structlog
-from snapbroker.errors import BrokerError, Unavailable
 
 from backends.api import Task
 from broker.snapshotter.errors import error_of_system
+from snapbroker.errors import BrokerError, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,9 +13,6 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Final
 
 import msgspec
-from snapbroker.contract import Info, Kind, check_name
-from snapbroker.errors import Internal, InvalidArgument, NotFound
-from snapbroker.protocol import PAGE_MAX, Events, MountsAnswer, Walk, encode
 
 from backends.api import Snapshot
 from broker.filters import compile_filters
@@ -23,6 +20,10 @@ from broker.snapshotter.lifecycle import refusal
 from broker.snapshotter.verbs import check_whole, snapshot_of, with_labels
 from broker.store import Record, index_key
 from broker.store.records import encode_info
+from broker.store.snapshots import Row, row_info, row_name, row_record
+from snapbroker.contract import Info, Kind, check_name
+from snapbroker.errors import InvalidArgument, NotFound
+from snapbroker.protocol import PAGE_MAX, Events, MountsAnswer, Walk, encode
 
 if TYPE_CHECKING:
     from lmdb import Transaction
@@ -128,43 +129,31 @@ class Reader:
         def page(after: str) -> tuple[bytes, str]:
             with self._environment.read() as txn:
                 sequence = self._journal.newest_in(txn)
-                rows, end = self._scan(txn, namespace, after, size if matches is None else SCAN_MAX)
+                rows, end = self._snapshots.page(txn, namespace, after, size if matches is None else SCAN_MAX)
                 infos, full_at = self._select(txn, namespace, rows, matches, size)
-            next_ = full_at or ("" if end else _name(rows[-1]))
+            next_ = full_at or ("" if end else row_name(rows[-1]))
             return encode(Page(infos, sequence, next_)), next_
 
         return page
 
-    def _scan(
-        self, txn: Transaction, namespace: str, after: str, count: int
-    ) -> tuple[list[tuple[str | None, Record]], bool]:
-        try:
-            return self._snapshots.page(txn, namespace, after, count)
-        except msgspec.MsgspecError as error:
-            raise Internal(f"a record behind {after!r} is damaged: {error}") from error
-
     def _select(
-        self,
-        txn: Transaction,
-        namespace: str,
-        rows: Sequence[tuple[str | None, Record]],
-        matches: Callable[[Info], bool] | None,
-        size: int,
+        self, txn: Transaction, namespace: str, rows: Sequence[Row], matches: Callable[[Info], bool] | None, size: int
     ) -> tuple[list[msgspec.Raw], str]:
         """The infos that match, and the name to continue behind when the page is full before the rows end."""
         infos: list[msgspec.Raw] = []
         room = PAGE_BYTES_MAX
         late = time.monotonic() + FILTER_S
-        for number, (_, record) in enumerate(rows):
-            if matches is not None and not matches(record.decoded()):
-                if time.monotonic() > late and number + 1 < len(rows):
-                    return infos, _name(rows[number])
+        last = len(rows) - 1
+        for number, row in enumerate(rows):
+            if matches is not None and not matches(row_record(row).decoded()):
+                if time.monotonic() > late and number < last:
+                    return infos, row_name(row)
                 continue
-            info = self._labelled_info(txn, namespace, record) if self._labelled else record.info
+            info = self._labelled_info(txn, namespace, row_record(row)) if self._labelled else row_info(row)
             infos.append(msgspec.Raw(info))
             room -= len(info)
-            if (len(infos) == size or room < 0) and number + 1 < len(rows):
-                return infos, _name(rows[number])
+            if (len(infos) == size or room < 0) and number < last:
+                return infos, row_name(row)
         return infos, ""
 
     def events(self, call: Events, topics: tuple[str, ...]) -> Callable[[int], tuple[bytes, int, int, bool]]:
@@ -194,10 +183,6 @@ class Reader:
         """How many snapshots there are, of all namespaces."""
         with self._environment.read() as txn:
             return self._snapshots.count(txn)
-
-
-def _name(row: tuple[str | None, Record]) -> str:
-    return row[0] if row[0] is not None else row[1].decoded().name
 
 
 def _page_size(page: int) -> int:

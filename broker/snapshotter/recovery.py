@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 import structlog
-from snapbroker.errors import BrokerError
 
 from broker.snapshotter.verbs import snapshot_of
 from broker.snapshotter.writer import Errand
 from broker.store.records import BROKEN, Record
+from snapbroker.errors import BrokerError
 
 if TYPE_CHECKING:
     from lmdb import Transaction

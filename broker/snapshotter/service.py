@@ -16,6 +16,11 @@ import anyio
 import msgspec
 import structlog
 from anyio.abc import TaskGroup
+
+from backends.api import Snapshot, Task
+from broker.snapshotter.errors import error_of_system
+from broker.snapshotter.operations import Delivery, Operation, Result
+from broker.snapshotter.writer import Errand
 from snapbroker.contract import check_namespace, topic
 from snapbroker.errors import (
     BrokerError,
@@ -53,11 +58,6 @@ from snapbroker.protocol import (
     encode,
     fault,
 )
-
-from backends.api import Snapshot, Task
-from broker.snapshotter.errors import error_of_system
-from broker.snapshotter.operations import Delivery, Operation, Result
-from broker.snapshotter.writer import Errand
 
 if TYPE_CHECKING:
     from broker.snapshotter.reader import Reader

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
-from snapbroker.contract import Usage
-from snapbroker.errors import BrokerError
 
 from backends.api import Task
+from snapbroker.contract import Usage
+from snapbroker.errors import BrokerError
 
 if TYPE_CHECKING:
     from backends.api import Backend

@@ -12,6 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from backends.api import REBASE, Backend, Pooled, Snapshot
+from broker.snapshotter.lifecycle import PARENT, REBASE_PARENT, refusal
+from broker.snapshotter.operations import After, Labour, Made, Need, Operation
+from broker.store.records import Record, encode_info, index_key
 from snapbroker.contract import (
     SNAPSHOT_REF_LABEL,
     Info,
@@ -35,11 +39,6 @@ from snapbroker.protocol import (
     View,
     encode,
 )
-
-from backends.api import REBASE, Backend, Pooled, Snapshot
-from broker.snapshotter.lifecycle import PARENT, REBASE_PARENT, refusal
-from broker.snapshotter.operations import After, Labour, Made, Need, Operation
-from broker.store.records import Record, encode_info, index_key
 
 if TYPE_CHECKING:
     from lmdb import Transaction

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import structlog
-from snapbroker.errors import BrokerError, Cancelled, DeadlineExceeded, Internal, ResourceExhausted
-from snapbroker.protocol import Commit, Prepare, View, encode
 
 from backends.api import Backend, Snapshot, Task
 from broker.snapshotter.errors import error_of_system
 from broker.snapshotter.operations import Delivery, Labour, Made, Need, Operation, Result
 from broker.snapshotter.verbs import Scene, Verbs
 from broker.store.environment import StoreFull
+from snapbroker.errors import BrokerError, Cancelled, DeadlineExceeded, Internal, ResourceExhausted
+from snapbroker.protocol import Commit, Prepare, View, encode
 
 if TYPE_CHECKING:
     from lmdb import Transaction

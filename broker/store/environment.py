@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import lmdb
 import msgspec
+
 from snapbroker.errors import FailedPrecondition, Internal, ResourceExhausted
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+
 from snapbroker.contract import topic
 from snapbroker.errors import OutOfRange
 

@@ -17,6 +17,7 @@ import zlib
 from typing import Final, NamedTuple
 
 import msgspec
+
 from snapbroker.contract import Info, Kind, Usage
 
 _HEADER: Final = struct.Struct(">BBHQQQQ")
@@ -28,8 +29,8 @@ BROKEN: Final = 1
 """Flag: what the record promises is not on disk."""
 PLAIN_BYTES_MAX: Final = 400
 """Names up to this length are indexed as they are."""
-_DIGEST_BYTES: Final = 32
-LONG_KEY_BYTES: Final = PLAIN_BYTES_MAX + _DIGEST_BYTES
+DIGEST_BYTES: Final = 32
+LONG_KEY_BYTES: Final = PLAIN_BYTES_MAX + DIGEST_BYTES
 
 _decode_info = msgspec.msgpack.Decoder(Info).decode
 _encode = msgspec.msgpack.Encoder().encode
@@ -83,6 +84,14 @@ def decode_record(value: bytes | memoryview) -> Record:
     return Record(_KINDS[kind], flags, depth, id_, parent_id, inodes, size, bytes(value[HEADER_BYTES:]))
 
 
+def info_of(value: bytes) -> bytes:
+    """The encoded Info in a stored value, the rest only summed up; ValueError or struct.error when it is damaged."""
+    (checksum,) = _SUM.unpack_from(value)
+    if zlib.crc32(value[_SUM.size :]) != checksum:
+        raise ValueError("its checksum is wrong")
+    return value[HEADER_BYTES:]
+
+
 def encode_info(info: Info) -> bytes:
     """The Info as stored and as sent."""
     return _encode(info)
@@ -92,6 +101,6 @@ def index_key(namespace: str, name: str) -> bytes:
     """Where the record of `name` is."""
     encoded = name.encode()
     if len(encoded) > PLAIN_BYTES_MAX:
-        digest = hashlib.blake2b(encoded, digest_size=_DIGEST_BYTES).digest()
+        digest = hashlib.blake2b(encoded, digest_size=DIGEST_BYTES).digest()
         encoded = encoded[:PLAIN_BYTES_MAX] + digest
     return namespace.encode() + b"\0" + encoded

@@ -6,12 +6,19 @@ import hashlib
 import struct
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
+from broker.store.records import (
+    DIGEST_BYTES,
+    LONG_KEY_BYTES,
+    PLAIN_BYTES_MAX,
+    Record,
+    decode_record,
+    index_key,
+    info_of,
+)
 from snapbroker.contract import SNAPSHOT_REF_LABEL, Info
 from snapbroker.errors import Internal, NotFound
-
-from broker.store.records import LONG_KEY_BYTES, PLAIN_BYTES_MAX, Record, decode_record, index_key
 
 if TYPE_CHECKING:
     from lmdb import Cursor, Transaction
@@ -23,6 +30,29 @@ _U64: Final = struct.Struct(">Q")
 _NEXT_ID: Final = b"next_id"
 _CHAIN_IDS_MAX: Final = 1 << 20
 """Ids kept in the cache of chains: 8 MiB of pointers at most."""
+
+
+Row = tuple[bytes, bytes]
+"""An index key and the record stored there."""
+
+
+def row_record(row: Row) -> Record:
+    """The record of a row; Internal names it when it is damaged."""
+    return _decoded(*row)
+
+
+def row_info(row: Row) -> bytes:
+    """The encoded Info of a row, without decoding the rest; Internal names it when it is damaged."""
+    try:
+        return info_of(row[1])
+    except (ValueError, struct.error) as error:
+        raise _damaged(row[0], error) from error
+
+
+def row_name(row: Row) -> str:
+    """The name of a row, which only a long one has to be decoded for."""
+    name = row[0].partition(b"\0")[2]
+    return _decoded(*row).decoded().name if len(name) > PLAIN_BYTES_MAX else name.decode()
 
 
 class Snapshots:
@@ -147,50 +177,51 @@ class Snapshots:
 
     # Scans.
 
-    def page(
-        self, txn: Transaction, namespace: str, after: str, scan_max: int
-    ) -> tuple[list[tuple[str | None, Record]], bool]:
-        """Up to about `scan_max` records behind the name `after`, by name, and whether that was the end.
+    def page(self, txn: Transaction, namespace: str, after: str, scan_max: int) -> tuple[list[Row], bool]:
+        """Up to about `scan_max` stored records behind the name `after`, by name, and whether that was the end.
 
-        The name is given only where it had to be decoded. A run of long names that share their first 400 bytes
-        is taken whole, because only the full names tell its order (D3).
+        A run of long names that share their first 400 bytes is taken whole, because only the full names tell its
+        order (D3).
         """
         prefix = namespace.encode() + b"\0"
         start = index_key(namespace, after) if after else prefix
-        if len(start) == len(prefix) + LONG_KEY_BYTES:
+        long_key_bytes = len(prefix) + LONG_KEY_BYTES
+        if len(start) == long_key_bytes:
             start = start[: len(prefix) + PLAIN_BYTES_MAX]
-        rows: list[tuple[str | None, Record]] = []
+        rows: list[Row] = []
         with txn.cursor(db=self._db) as cursor:
             found = cursor.set_range(start)
             if found and after and cursor.key() == start:
                 # The name itself; or, behind a long name, the plain name of its first 400 bytes, which is before it.
                 found = cursor.next()
-            while found:
-                key, value = bytes(cursor.key()), cursor.value()
-                if not key.startswith(prefix):
-                    return rows, True
-                if len(key) == len(prefix) + LONG_KEY_BYTES:
-                    run, found = self._long_run(cursor, key[:-32])
-                    rows.extend(item for item in run if item[0] > after)  # type: ignore[operator]
-                else:
-                    rows.append((None, _decoded(key, value)))
-                    found = cursor.next()
-                if len(rows) >= scan_max:
-                    return rows, not found
-        return rows, True
+            while found and len(rows) < scan_max:
+                found = False
+                # Buffers are off: keys and values are bytes.
+                for key, value in cast("Iterator[Row]", cursor.iternext()):
+                    if not key.startswith(prefix):
+                        return rows, True
+                    if len(key) == long_key_bytes:
+                        run, found = self._long_run(cursor, key[:-DIGEST_BYTES])
+                        rows.extend(row for name, row in run if name > after)
+                        break
+                    rows.append((key, value))
+                    if len(rows) == scan_max:
+                        found = cursor.next()
+                        break
+        return rows, not found
 
     @staticmethod
-    def _long_run(cursor: Cursor, stem: bytes) -> tuple[list[tuple[str | None, Record]], bool]:
-        run: list[tuple[str | None, Record]] = []
+    def _long_run(cursor: Cursor, stem: bytes) -> tuple[list[tuple[str, Row]], bool]:
+        """The rows from the cursor on that share the stem, by name, and whether others follow."""
+        run: list[tuple[str, Row]] = []
         found = True
         while found:
-            key = bytes(cursor.key())
-            if len(key) != len(stem) + 32 or not key.startswith(stem):
+            row = bytes(cursor.key()), bytes(cursor.value())
+            if len(row[0]) != len(stem) + DIGEST_BYTES or not row[0].startswith(stem):
                 break
-            record = _decoded(key, cursor.value())
-            run.append((record.decoded().name, record))
+            run.append((_decoded(*row).decoded().name, row))
             found = cursor.next()
-        run.sort(key=lambda item: str(item[0]).encode())
+        run.sort(key=lambda item: item[0].encode())
         return run, found
 
     def scan(self, txn: Transaction, after: bytes, count: int) -> Iterator[tuple[bytes, Record | None]]:
@@ -231,8 +262,12 @@ def _decoded(key: bytes, value: bytes | memoryview) -> Record:
     try:
         return decode_record(value)
     except (ValueError, struct.error) as error:
-        name = key.partition(b"\0")[2].decode(errors="replace")
-        raise Internal(f"the record of {name!r} is damaged: {error}") from error
+        raise _damaged(key, error) from error
+
+
+def _damaged(key: bytes, error: Exception) -> Internal:
+    name = key.partition(b"\0")[2].decode(errors="replace")
+    return Internal(f"the record of {name!r} is damaged: {error}")
 
 
 def _reference_key(namespace: str, reference: str) -> bytes:
