@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import msgspec
+
 from snapbroker.contract import Kind, Mount, Usage
 from snapbroker.errors import Cancelled
 
@@ -181,6 +182,22 @@ class Pooled(Protocol):
 
     def fits(self, snapshot: Snapshot) -> bool:
         """Whether a stocked directory serves this snapshot as it is. Must be quick and must not raise."""
+        ...
+
+
+@runtime_checkable
+class Copying(Protocol):
+    """A backend whose `create` is a computation, best done by several processes, and then a flush that many share."""
+
+    hands: ClassVar[int]
+    """Processes that gain something from building at a time, unless the configuration says otherwise."""
+
+    def build(self, snapshot: Snapshot, task: Task) -> None:
+        """The part of `create` that computes; not durable. On any error, nothing of it is left."""
+        ...
+
+    def flush(self, snapshot: Snapshot) -> None:
+        """Make what `build` made durable; concurrent callers share one flush."""
         ...
 
 

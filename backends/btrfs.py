@@ -42,13 +42,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Self
 
 import msgspec
-from snapbroker.contract import Kind, Mount, Usage
-from snapbroker.errors import FailedPrecondition
 
 from backends import btrfs_ioctl, files
 from backends.api import Options, Support, Task
 from backends.btrfs_sweeper import Sweeper
 from backends.syscalls import rename_noreplace
+from snapbroker.contract import Kind, Mount, Usage
+from snapbroker.errors import FailedPrecondition
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

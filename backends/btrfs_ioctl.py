@@ -13,9 +13,8 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from snapbroker.contract import Usage
-
 from backends.syscalls import big_ioctl
+from snapbroker.contract import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -31,9 +31,8 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
-from snapbroker.errors import Cancelled
-
 from backends.syscalls import clone_file, is_mount_root
+from snapbroker.errors import Cancelled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

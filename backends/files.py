@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
-from snapbroker.contract import Usage
-
 from backends.api import fsync_directory
 from backends.syscalls import (
     BTRFS_MAGIC,
@@ -35,6 +33,7 @@ from backends.syscalls import (
     rename_noreplace,
     syncfs,
 )
+from snapbroker.contract import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -9,10 +9,9 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from backends.api import REBASE, Options, Snapshot, Support, Task
 from snapbroker.contract import Kind, Mount, Usage
 from snapbroker.errors import AlreadyExists
-
-from backends.api import REBASE, Options, Snapshot, Support, Task
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

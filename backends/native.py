@@ -26,13 +26,13 @@ import tempfile
 from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Self
 
 import msgspec
-from snapbroker.contract import Kind, Mount, Usage
-from snapbroker.errors import FailedPrecondition
 
 from backends import files
 from backends.api import Options, Support, Task
 from backends.copying import Reflink, copy_tree
 from backends.syscalls import clone_file
+from snapbroker.contract import Kind, Mount, Usage
+from snapbroker.errors import FailedPrecondition
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -61,7 +61,8 @@ class Native:
     """The native backend (see the module)."""
 
     Options: ClassVar[type[Options]] = NativeOptions
-    workers: ClassVar[int] = 16
+    workers: ClassVar[int] = 64
+    hands: ClassVar[int] = 3
     sync_remove: bool = False
     capabilities: frozenset[str] = frozenset()
 
@@ -99,6 +100,21 @@ class Native:
 
     def create(self, snapshot: Snapshot, task: Task) -> None:
         """An empty directory, or a copy of the parent's, flushed; nothing for a view of a parent."""
+        self.build(snapshot, task)
+        try:
+            self.flush(snapshot)
+            task.advance(0)
+        except BaseException:
+            self._undo_create(str(snapshot.id))
+            raise
+
+    def flush(self, snapshot: Snapshot) -> None:
+        """Write a copy's data and directories to disk, in one flush of the filesystem for all who wait for one."""
+        if snapshot.parents and not _borrows(snapshot):
+            self._sync.sync()
+
+    def build(self, snapshot: Snapshot, task: Task) -> None:
+        """Make the directory and copy the parent's tree into it."""
         task.advance(0)
         if _borrows(snapshot):
             os.stat(self._path(snapshot.parents[0]))
@@ -118,7 +134,6 @@ class Native:
     def _copy(self, snapshot: Snapshot, task: Task) -> None:
         source, destination = self._path(snapshot.parents[0]), self._path(snapshot.id)
         copy_tree(source, destination, task, self.options.copy_threads, self.options.reflink)
-        self._sync.sync()
 
     def _finish_empty(self, name: str) -> None:
         # The umask may have taken some of it (C23).

@@ -23,12 +23,11 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
-from snapbroker.contract import GIDMAPPING_LABEL, UIDMAPPING_LABEL, UPPERDIR_LABEL, Kind, Mount, Usage
-from snapbroker.errors import FailedPrecondition, InvalidArgument
-
 from backends.api import ONLY_REMAP_IDS, REBASE, REMAP_IDS, Options, Snapshot, Support, Task
 from backends.files import DirectorySync, FilesystemSync, Shelf, SyncStatistics, remove_tree, usage
 from backends.overlayfs_probe import Features, examine
+from snapbroker.contract import GIDMAPPING_LABEL, UIDMAPPING_LABEL, UPPERDIR_LABEL, Kind, Mount, Usage
+from snapbroker.errors import FailedPrecondition, InvalidArgument
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Final, cast
 
-from snapbroker.errors import FailedPrecondition, NotFound
-
 from backends.api import Backend, Options
+from snapbroker.errors import FailedPrecondition, NotFound
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

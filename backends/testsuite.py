@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
-from snapbroker.contract import Kind, Usage
-from snapbroker.errors import BrokerError, Cancelled
 
 from backends import syscalls
 from backends.api import REBASE, Backend, Pooled, Snapshot, Task
+from snapbroker.contract import Kind, Usage
+from snapbroker.errors import BrokerError, Cancelled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -252,7 +252,7 @@ def _check_numbers(table: dict[str, Any], where: str, source: str) -> None:
         if isinstance(value, dict) and key != "options":
             _check_numbers(value, f"{where}{key}.", source)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            lowest = 0 if key in ("workers", "pool_min") else 1e-3
+            lowest = 0 if key in ("workers", "hands", "pool_min") else 1e-3
             highest = BYTES_MAX if key.endswith("bytes") or "_bytes_" in key else NUMBER_MAX
             if not lowest <= value <= highest:
                 raise InvalidArgument(f"{source}: {where}{key}: must be above 0 and at most {highest}, not {value}")

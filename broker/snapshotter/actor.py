@@ -15,9 +15,9 @@ import msgspec
 import structlog
 
 from backends import registry
-from backends.api import Pooled
+from backends.api import Copying, Pooled
 from broker.lock import lock_directory
-from broker.snapshotter.hands import IDLE_S, Hand, Place
+from broker.snapshotter.hands import IDLE_S, Crew, Hand, Place
 from broker.snapshotter.ids import Ids
 from broker.snapshotter.limits import SnapshotterLimits
 from broker.snapshotter.operations import Delivery
@@ -78,7 +78,11 @@ class SnapshotterActor:
         self._pool = (
             Pool(self._stocker, ids, limits.pool) if isinstance(self.backend, Pooled) and limits.pool.pool_min else None
         )
+        self._crew: Crew | None = None
         self._trash = Trash(self.backend, self._deleter, IDLE_S)
+        if isinstance(self.backend, Copying):
+            size = limits.hands or self.backend.hands
+            self._crew = Crew(self.backend, lambda id_: self._trash.discard(id_, None), place, size, self._lock)
         layers_max = min(limits.layers_max, getattr(self.backend, "layers_max", limits.layers_max))
         verbs = Verbs(self.backend, snapshots, ids, self._pool, self._trash, layers_max)
         self._deliver: Callable[[Delivery], None] = lambda _delivery: None
@@ -89,6 +93,7 @@ class SnapshotterActor:
             verbs,
             ids,
             self._pool,
+            self._crew,
             self.backend,
             limits.writer,
             lambda delivery: self._deliver(delivery),
@@ -116,10 +121,10 @@ class SnapshotterActor:
                     self._publish,
                 )
                 self._deliver = thread_safe(service.deliver)
-                tasks.start_soon(anyio.to_thread.run_sync, self._writer.run)
-                tasks.start_soon(anyio.to_thread.run_sync, self._trash.run)
+                tasks.start_soon(anyio.to_thread.run_sync, vital, self._writer.run)
+                tasks.start_soon(anyio.to_thread.run_sync, vital, self._trash.run)
                 if self._pool is not None:
-                    tasks.start_soon(anyio.to_thread.run_sync, self._pool.run)
+                    tasks.start_soon(anyio.to_thread.run_sync, vital, self._pool.run)
                 streams.start_soon(service.tell_progress)
                 self._recovery.begin()
                 ready()
@@ -133,8 +138,12 @@ class SnapshotterActor:
                 self._pool.stop()
             self._stocker.close()
             self._deleter.close()
+            if self._crew is not None:
+                self._crew.close()
         self._stocker.let_go()
         self._deleter.let_go()
+        if self._crew is not None:
+            self._crew.wait()
         self.backend.close()
         self._environment.close()
         os.close(self._lock)
@@ -144,7 +153,9 @@ class SnapshotterActor:
         self._stop.set()
 
     def report(self) -> bytes:
-        """The figures for `status`, encoded."""
+        """The figures for `status`, encoded; the rhythm of its calls is also that of small chores."""
+        if self._crew is not None:
+            self._crew.rest()
         queues = {**self._writer.statistics(), "recovery": self._recovery.statistics()}
         if self.service is not None:
             queues.update(self.service.statistics())
@@ -165,6 +176,19 @@ class SnapshotterActor:
                 backlog=self._trash.backlog(),
             )
         )
+
+
+def vital(body: Callable[[], None]) -> None:
+    """Run the body of a thread that the actor cannot live without; when it fails the process ends.
+
+    Half an actor would leave its callers waiting for ever; a whole new one is there in half a second, and nothing
+    acknowledged is lost.
+    """
+    try:
+        body()
+    except BaseException:
+        log.exception("a vital thread failed, the actor ends")
+        os._exit(1)
 
 
 def thread_safe(call: Callable[[Delivery], None]) -> Callable[[Delivery], None]:

@@ -20,13 +20,14 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from backends.api import Task
+from backends.api import Copying, Snapshot, Task
 from broker.actor.lineage import die_with_parent
+from snapbroker.contract import Kind
 from snapbroker.errors import BrokerError, Cancelled, Unavailable
 from snapbroker.protocol import Fault, error_of, fault
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 IDLE_S: Final = 20.0
 """After this long without a request the child is let go."""
@@ -43,11 +44,21 @@ class Place(msgspec.Struct, frozen=True):
     options: dict[str, Any]
 
 
+class Wanted(msgspec.Struct, frozen=True):
+    """A `backends.api.Snapshot` on its way to the child."""
+
+    id: int
+    kind: Kind
+    parents: tuple[int, ...]
+    labels: dict[str, str]
+
+
 class Job(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One request to the child: ids to stock, or tokens to delete."""
+    """One request to the child: ids to stock, tokens to delete, or a snapshot to build."""
 
     stock: list[int] = []
     delete: list[str] = []
+    build: Wanted | None = None
 
 
 class Answer(msgspec.Struct, omit_defaults=True):
@@ -55,6 +66,7 @@ class Answer(msgspec.Struct, omit_defaults=True):
 
     done: bool = False
     entries: int = 0
+    bytes: int = 0
     errno: int = 0
     path: str = ""
     error: Fault | None = None
@@ -91,20 +103,23 @@ class Hand:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._closed = False
+        self._used = time.monotonic()
 
     def stock(self, ids: Sequence[int], task: Task) -> None:
         """As `backends.api.Pooled.stock`."""
-        answer = self._ask(Job(stock=list(ids)), task)
-        if answer.errno:
-            raise OSError(answer.errno, os.strerror(answer.errno), answer.path)
-        if answer.error is not None:
-            raise error_of(answer.error)
+        raise_failure(self._ask(Job(stock=list(ids)), task))
+
+    def build(self, snapshot: Snapshot, task: Task) -> None:
+        """As `backends.api.Copying.build`; when it ends in the middle, what there is of it is a left-over."""
+        wanted = Wanted(snapshot.id, snapshot.kind, snapshot.parents, dict(snapshot.labels))
+        raise_failure(self._ask(Job(build=wanted), task))
 
     def delete(self, tokens: Sequence[str], task: Task) -> dict[str, str]:
         """Delete discarded entries; what could not be deleted, with the reason."""
         return self._ask(Job(delete=list(tokens)), task).failed
 
     def _ask(self, job: Job, task: Task) -> Answer:
+        self._used = time.monotonic()
         child = self._started()
         stdin, stdout = child.stdin, child.stdout
         if stdin is None or stdout is None:
@@ -113,7 +128,7 @@ class Hand:
             write(stdin, job)
             while (body := read(stdout)) is not None:
                 answer = _decode_answer(body)
-                task.advance(answer.entries)
+                task.advance(answer.entries, answer.bytes)
                 if answer.done:
                     return answer
         except Cancelled:
@@ -143,6 +158,11 @@ class Hand:
                     write(self._child.stdin, self._place)
             return self._child
 
+    def let_go_if_idle(self) -> None:
+        """End the child when it had nothing to do for a while."""
+        if time.monotonic() - self._used > IDLE_S:
+            self.let_go()
+
     def let_go(self) -> None:
         """End the child; the next request starts another."""
         with self._lock:
@@ -166,6 +186,95 @@ class Hand:
                 self._child.kill()
 
 
+def raise_failure(answer: Answer) -> None:
+    """The error that an answer brings, if it does."""
+    if answer.errno:
+        raise OSError(answer.errno, os.strerror(answer.errno), answer.path)
+    if answer.error is not None:
+        raise error_of(answer.error)
+
+
+class Crew:
+    """Several hands for a backend whose `create` computes: threads would wait for one interpreter.
+
+    A lone snapshot is built in the caller's own thread, without the way to another process and back; when several are
+    built at a time they go to hands, started as they are needed. The flush is made here, where all share it.
+    """
+
+    def __init__(self, backend: Copying, discard: Callable[[int], None], place: Place, size: int, lock: int) -> None:
+        self._backend = backend
+        self._discard = discard
+        self._place = place
+        self._lock_descriptor = lock
+        self._condition = threading.Condition()
+        self._free: list[Hand] = []
+        self._unused = size
+        self._hands: list[Hand] = []
+        self._building = 0
+
+    def create(self, snapshot: Snapshot, task: Task) -> None:
+        """As `backends.api.Backend.create`, and as blocking."""
+        with self._condition:
+            self._building += 1
+            alone = self._building == 1
+        try:
+            if alone:
+                self._backend.build(snapshot, task)
+            else:
+                self._hand_over(snapshot, task)
+        finally:
+            with self._condition:
+                self._building -= 1
+        try:
+            self._backend.flush(snapshot)
+            task.advance(0)
+        except BaseException:
+            self._discard(snapshot.id)
+            raise
+
+    def _hand_over(self, snapshot: Snapshot, task: Task) -> None:
+        hand = self._take()
+        try:
+            hand.build(snapshot, task)
+        except (Cancelled, Unavailable):
+            # The child was ended in the middle of it.
+            self._discard(snapshot.id)
+            raise
+        finally:
+            with self._condition:
+                self._free.append(hand)
+                self._condition.notify()
+
+    def _take(self) -> Hand:
+        with self._condition:
+            if not self._free and self._unused:
+                self._unused -= 1
+                hand = Hand(self._place, 0, self._lock_descriptor)
+                self._hands.append(hand)
+                return hand
+            while not self._free:
+                self._condition.wait()
+            return self._free.pop()
+
+    def rest(self) -> None:
+        """Let go of hands that have nothing to do; called now and then."""
+        with self._condition:
+            if self._building:
+                return
+            for hand in self._free:
+                hand.let_go_if_idle()
+
+    def close(self) -> None:
+        """End the hands for good."""
+        for hand in self._hands:
+            hand.close()
+
+    def wait(self) -> None:
+        """After `close`: wait until they are gone."""
+        for hand in self._hands:
+            hand.let_go()
+
+
 # The child.
 
 
@@ -185,7 +294,10 @@ def main() -> None:
     backend: Any = kind.open(Path(place.root), msgspec.convert(place.options, kind.Options))
     while (body := read(sys.stdin.buffer)) is not None:
         job = _decode_job(body)
-        answer = stock(backend, job.stock) if job.stock else delete(backend, job.delete)
+        if job.build is not None:
+            answer = build(backend, job.build)
+        else:
+            answer = stock(backend, job.stock) if job.stock else delete(backend, job.delete)
         answer.done = True
         write(sys.stdout.buffer, answer)
 
@@ -201,27 +313,45 @@ def stock(backend: Any, ids: list[int]) -> Answer:
     return Answer(entries=len(ids))
 
 
+def build(backend: Any, wanted: Wanted) -> Answer:
+    """Build a snapshot; the errors travel."""
+    task = Telling()
+    try:
+        backend.build(Snapshot(wanted.id, wanted.kind, wanted.parents, wanted.labels), task)
+    except OSError as error:
+        return Answer(errno=error.errno or 5, path=str(error.filename or ""))
+    except BrokerError as error:
+        return Answer(error=fault(error))
+    return task.untold()
+
+
 class Telling(Task):
     """A task that tells the actor, now and then, how far it is."""
 
-    __slots__ = ("_told", "_told_at")
+    __slots__ = ("_lock", "_told_at", "_told_bytes", "_told_entries")
 
     def __init__(self) -> None:
         super().__init__()
-        self._told = 0
+        self._lock = threading.Lock()
+        self._told_entries = 0
+        self._told_bytes = 0
         self._told_at = time.monotonic()
 
     def advance(self, entries: int = 1, size: int = 0) -> None:
         """Count, and tell."""
         super().advance(entries, size)
-        if time.monotonic() - self._told_at > PROGRESS_S:
-            write(sys.stdout.buffer, Answer(entries=self.untold()))
+        if time.monotonic() - self._told_at > PROGRESS_S and self._lock.acquire(blocking=False):
+            # A copy has several threads; one of them tells.
             self._told_at = time.monotonic()
+            write(sys.stdout.buffer, self.untold())
+            self._lock.release()
 
-    def untold(self) -> int:
-        """Entries since the last telling."""
-        new, self._told = self.entries - self._told, self.entries
-        return new
+    def untold(self) -> Answer:
+        """What was done since the last telling."""
+        answer = Answer(entries=self.entries - self._told_entries, bytes=self.bytes - self._told_bytes)
+        self._told_entries += answer.entries
+        self._told_bytes += answer.bytes
+        return answer
 
 
 def delete(backend: Any, tokens: list[str]) -> Answer:
@@ -233,7 +363,9 @@ def delete(backend: Any, tokens: list[str]) -> Answer:
             backend.delete(token, task)
         except (OSError, BrokerError) as error:
             failed[token] = str(error)
-    return Answer(entries=task.untold(), failed=failed)
+    answer = task.untold()
+    answer.failed = failed
+    return answer
 
 
 if __name__ == "__main__":

@@ -18,5 +18,7 @@ class SnapshotterLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     pool: PoolLimits = PoolLimits()
     writer: WriterLimits = WriterLimits()
     service: ServiceLimits = ServiceLimits()
+    hands: int = 0
+    """Processes for snapshots whose making computes, such as native's copies; 0 is the backend's own choice."""
     layers_max: int = 500
     """Most layers of a chain: what the kernel's overlayfs mounts at most."""

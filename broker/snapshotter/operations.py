@@ -81,6 +81,8 @@ class Operation:
     made: dict[int, Made] = field(default_factory=dict)
     needs: list[Need] = field(default_factory=list)
     failure: BrokerError | None = None
+    failed: int = 0
+    """Which call the failure is of."""
 
     def cancel(self) -> None:
         """Ask whatever works for it to stop."""

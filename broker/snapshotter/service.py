@@ -18,7 +18,7 @@ import structlog
 from anyio.abc import TaskGroup
 
 from backends.api import Snapshot, Task
-from broker.snapshotter.errors import error_of_system
+from broker.snapshotter.errors import error_of
 from broker.snapshotter.operations import Delivery, Operation, Result
 from broker.snapshotter.writer import Errand
 from snapbroker.contract import check_namespace, topic
@@ -198,11 +198,8 @@ class Service:
             request = decode_request(body)
             check_namespace(request.namespace)
             self._accept(Ticket(self, client, request_id, len(request.calls)), request, arrival)
-        except BrokerError as error:
-            self._refuse(client, request_id, error)
         except Exception as error:
-            log.exception("a request failed")
-            self._refuse(client, request_id, Internal(f"the request failed: {error!r}"))
+            self._refuse(client, request_id, error_of(error, "the request"))
 
     def _refuse(self, client: bytes, request_id: bytes, error: BrokerError) -> None:
         ticket = self._open.pop((client, request_id), None)
@@ -263,10 +260,8 @@ class Service:
                         self._usage(ticket, index, reader.usage(txn, namespace, call.key))  # type: ignore[union-attr]
                     else:
                         self._begin(ticket, index, call, namespace, deadline)
-                except BrokerError as error:
-                    ticket.settle(index, error)
-                except OSError as error:
-                    ticket.settle(index, error_of_system(error))
+                except Exception as error:
+                    ticket.settle(index, error_of(error, "the call"))
 
     def _usage(self, ticket: Ticket, index: int, answer: bytes | Snapshot) -> None:
         if isinstance(answer, bytes):
@@ -327,13 +322,8 @@ class Service:
         try:
             with scope:
                 result = await stream(ticket, index, *arguments)
-        except BrokerError as error:
-            result = error
-        except OSError as error:
-            result = error_of_system(error)
         except Exception as error:
-            log.exception("a stream failed")
-            result = Internal(f"the call failed: {error!r}")
+            result = error_of(error, "the call")
         finally:
             self._streams -= 1
         ticket.settle(index, result)

@@ -181,12 +181,14 @@ class Verbs:
             if isinstance(taken, tuple):
                 return Need(*taken, creates=index, pins=parent_id)
             scene.operation.made[scene.index] = made = taken
-        snapshot = made.snapshot
+        # An atomic request is decided again after its work, and what it was to stand on may be another by then.
+        snapshot = replace(made.snapshot, parents=chain)
+        answer = encode(MountsAnswer(mounts=tuple(self._backend.mounts(snapshot))))
         info = encode_info(Info(key, kind, parent, labels, scene.now, scene.now))
         record = Record(kind, 0, len(chain), snapshot.id, parent_id, 0, 0, info)
         self._snapshots.insert(scene.txn, index, record)
         scene.journal.append(scene.txn, scene.now, scene.namespace, kind_verb(kind), key, info)
-        return encode(MountsAnswer(mounts=tuple(self._backend.mounts(snapshot))))
+        return answer
 
     def _parent_chain(self, scene: Scene, parent: str) -> tuple[tuple[int, ...], int]:
         check_name(parent, "parent")
@@ -337,16 +339,15 @@ class Verbs:
         labels = merged(info.labels, call.labels, call.fieldpaths)
         check_labels(labels)
         changed = Info(info.name, info.kind, info.parent, labels, info.created, max(scene.now, info.created))
+        encoded = encode_info(changed)
+        extra = self._backend.labels(self._snapshot(scene, changed, record))
+        answer = encode_info(with_labels(changed, extra)) if extra else encoded
         if info.kind is Kind.COMMITTED:
             self._snapshots.unrefer(scene.txn, scene.namespace, info, record.id)
             self._snapshots.refer(scene.txn, scene.namespace, changed, record.id)
-        encoded = encode_info(changed)
         self._snapshots.put(scene.txn, index, record._replace(info=encoded))
         scene.journal.append(scene.txn, scene.now, scene.namespace, "update", call.name, encoded)
-        extra = self._backend.labels(self._snapshot(scene, changed, record))
-        if extra:
-            return encode_info(with_labels(changed, extra))
-        return encoded
+        return answer
 
     # Reads, inside an atomic request.
 

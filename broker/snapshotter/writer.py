@@ -18,11 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+import lmdb
 import msgspec
 import structlog
 
 from backends.api import Backend, Snapshot, Task
-from broker.snapshotter.errors import error_of_system
+from broker.snapshotter.errors import error_of
 from broker.snapshotter.operations import Delivery, Labour, Made, Need, Operation, Result
 from broker.snapshotter.verbs import Scene, Verbs
 from broker.store.environment import StoreFull
@@ -32,6 +33,7 @@ from snapbroker.protocol import Commit, Prepare, View, encode
 if TYPE_CHECKING:
     from lmdb import Transaction
 
+    from broker.snapshotter.hands import Crew
     from broker.snapshotter.ids import Ids
     from broker.snapshotter.pool import Pool
     from broker.store import Environment, Journal, Snapshots
@@ -77,6 +79,7 @@ class Writer:
         verbs: Verbs,
         ids: Ids,
         pool: Pool | None,
+        crew: Crew | None,
         backend: Backend,
         limits: WriterLimits,
         deliver: Deliver,
@@ -88,6 +91,7 @@ class Writer:
         self._verbs = verbs
         self._ids = ids
         self._pool = pool
+        self._crew = crew
         self._backend = backend
         self._limits = limits
         self._deliver = deliver
@@ -130,13 +134,8 @@ class Writer:
         """The encoded usage of an active snapshot, or why not; blocks, for a worker."""
         try:
             return encode(self._backend.usage(snapshot, task))
-        except BrokerError as error:
-            return error
-        except OSError as error:
-            return error_of_system(error)
         except Exception as error:
-            log.exception("a backend failed", labour="usage", id=snapshot.id)
-            return Internal(f"the backend failed: {error!r}")
+            return error_of(error, "usage")
 
     def stop(self) -> None:
         """Finish what is queued, then end `run`."""
@@ -227,8 +226,10 @@ class Writer:
                     self._decide_one(scene, item, draft)
                 else:
                     self._decide_atomic(scene, item, draft)
-            except BrokerError as error:
-                draft.results.append((item, [error]))
+            except lmdb.Error:
+                raise  # Of the transaction, not of this operation.
+            except Exception as error:
+                draft.results.append((item, _shared(item, item.failed, error_of(error, "the call"))))
                 draft.failed.append(item)
         draft.turn.finish(txn, now)
         return draft
@@ -268,17 +269,12 @@ class Writer:
             self._snapshots.rewind(chains)
             self._hold(operation, needs.index, needs.need, draft)
             return
-        except BrokerError as error:
+        except lmdb.Error:
+            raise
+        except Exception as error:
             draft.turn.rewind(mark)
             self._snapshots.rewind(chains)
-            failed = scene.index
-            results = [
-                error
-                if index == failed
-                else Cancelled(f"call {failed} of the atomic request failed ({error.code}), nothing was changed")
-                for index in range(len(operation.calls))
-            ]
-            draft.results.append((operation, results))
+            draft.results.append((operation, _shared(operation, scene.index, error_of(error, "the call"))))
             draft.failed.append(operation)
             return
         draft.after.extend(scene.after)
@@ -315,9 +311,9 @@ class Writer:
     def _after(after: Callable[[], None]) -> None:
         try:
             after()
-        except (OSError, BrokerError) as error:
+        except Exception as error:
             # The record says the truth already; what is left on disk is a left-over for the next start (C42).
-            log.warning("clearing up after a commit failed", error=str(error))
+            log.warning("clearing up after a commit failed", error=error_of(error, "clearing up").message)
 
     # Beside the transactions.
 
@@ -345,7 +341,7 @@ class Writer:
         if isinstance(got, int):
             operation.made[index] = Made(Labour.CREATE, replace(need.snapshot, id=got))
         else:
-            operation.failure = got
+            operation.failure, operation.failed = got, index
         self._inbox.put(operation)
 
     def _labour(self, operation: Operation, needs: list[tuple[int, Need]]) -> None:
@@ -355,17 +351,12 @@ class Writer:
             try:
                 task.advance(0)
                 operation.made[index] = self._labours[need.labour](need, task)
-            except BrokerError as error:
-                operation.failure = error
-            except OSError as error:
-                operation.failure = error_of_system(error)
             except Exception as error:
-                log.exception("a backend failed", labour=need.labour.value, id=need.snapshot.id)
-                operation.failure = Internal(f"the backend failed: {error!r}")
+                operation.failure, operation.failed = error_of(error, need.labour.value), index
         self._inbox.put(operation)
 
     def _create(self, need: Need, task: Task) -> Made:
-        self._backend.create(need.snapshot, task)
+        (self._crew or self._backend).create(need.snapshot, task)
         return Made(need.labour, need.snapshot)
 
     def _commit(self, need: Need, task: Task) -> Made:
@@ -415,6 +406,12 @@ class _Draft:
         self.after: list[Callable[[], None]] = []
         self.errands: list[Errand] = []
         self.failed: list[Operation] = []
+
+
+def _shared(operation: Operation, failed: int, error: BrokerError) -> list[Result]:
+    """The outcomes of an operation of which one call failed: the others were only taken back with it."""
+    taken_back = Cancelled(f"call {failed} of the atomic request failed ({error.code}), nothing was changed")
+    return [error if number == failed else taken_back for number in range(len(operation.calls))]
 
 
 def creates(operation: Operation) -> bool:
