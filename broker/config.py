@@ -185,6 +185,9 @@ def check(config: Config, source: str) -> None:
     if config.log_format not in ("auto", "json", "console"):
         raise InvalidArgument(f"{source}: log_format: {config.log_format!r} is not auto, json or console")
     _check_numbers(msgspec.to_builtins(config), "", source)
+    _check_order(config.supervisor, "backoff_initial_ms", "backoff_max_ms", "supervisor", source)
+    if config.socket_mode > 0o777:
+        raise InvalidArgument(f"{source}: socket_mode: {config.socket_mode:#o} is not a mode between 0 and 0o777")
     taken: dict[tuple[str, str], str] = {}
     for name, section in config.snapshotters.items():
         _check_section(name, section, source)
@@ -196,6 +199,12 @@ def check(config: Config, source: str) -> None:
 
 
 def _check_absolute(path: str, key: str, source: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise InvalidArgument(
+            f"{source}: {key}: {os.fsencode(path)!r} is not UTF-8, and mounts are told as text"
+        ) from None
     if path and not os.path.isabs(path):
         raise InvalidArgument(f"{source}: {key}: {path!r} is not an absolute path, and mounts are told by path")
 
@@ -227,6 +236,13 @@ def _check_endpoints(config: Config, source: str) -> None:
                 )
 
 
+def _check_order(limits: msgspec.Struct, low: str, high: str, where: str, source: str) -> None:
+    if getattr(limits, low) > getattr(limits, high):
+        raise InvalidArgument(
+            f"{source}: {where}.{low}: {getattr(limits, low)} is above {high}, which is {getattr(limits, high)}"
+        )
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
@@ -238,6 +254,15 @@ def _check_section(name: str, section: SnapshotterSection, source: str) -> None:
     where = f"{source}: snapshotters.{name}"
     if not 0 < len(name) <= NAME_CHARACTERS_MAX or not set(name) <= NAME_CHARACTERS or name in (".", ".."):
         raise InvalidArgument(f"{where}: a name has 1 to {NAME_CHARACTERS_MAX} letters, digits, '.', '_', '-'")
+    limits = section.limits
+    place = f"snapshotters.{name}.limits"
+    _check_order(limits.pool, "pool_min", "pool_max", f"{place}.pool", source)
+    _check_order(limits.service, "timeout_default_ms", "timeout_max_ms", f"{place}.service", source)
+    _check_order(limits.store, "map_initial_bytes", "map_max_bytes", f"{place}.store", source)
+    if limits.layers_max > LAYERS_MAX:
+        raise InvalidArgument(f"{source}: {place}.layers_max: no kernel mounts more than {LAYERS_MAX}")
+    if limits.writer.workers > WORKERS_MAX or limits.hands > WORKERS_MAX:
+        raise InvalidArgument(f"{source}: {place}: workers and hands are at most {WORKERS_MAX}")
     for key in ("root", "metadata"):
         _check_absolute(getattr(section, key), f"snapshotters.{name}.{key}", source)
     try:
@@ -258,6 +283,10 @@ def _check_numbers(table: dict[str, Any], where: str, source: str) -> None:
                 raise InvalidArgument(f"{source}: {where}{key}: must be above 0 and at most {highest}, not {value}")
 
 
+LAYERS_MAX: Final = 500
+"""Most lower layers of an overlay, by the kernel."""
+WORKERS_MAX: Final = 1024
+"""Most threads, or processes, of an actor."""
 NUMBER_MAX: Final = 2**31 - 1
 """Largest count or time: what the sockets' options hold."""
 BYTES_MAX: Final = 2**46

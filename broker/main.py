@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import resource
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,6 +112,7 @@ def doctor(config: configuration.Config, *, as_json: bool) -> int:
 def serve(config: configuration.Config) -> int:
     """Serve until a signal."""
     logs.configure(config.log_level, config.log_format)
+    raise_file_limit()
     findings = examine(config)
     usable: list[Finding] = []
     for finding in findings:
@@ -123,6 +125,14 @@ def serve(config: configuration.Config) -> int:
         return 5
     anyio.run(Server(config, usable).run)
     return 0
+
+
+def raise_file_limit() -> None:
+    """Every client takes descriptors, and libzmq ends the process when there are none left: use all we may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    log.info("descriptors", limit=hard)
 
 
 if __name__ == "__main__":

@@ -207,9 +207,13 @@ class Router:
             if lane.actor.identity == identity:
                 self._lanes_by_identity[identity] = lane
                 lane.actor.became_ready(body)
+                if self._stopping:
+                    self.back.send((identity, mailbox.STOP))
 
     def gone(self, actor: Actor) -> None:
-        """The actor died: everybody who waits for it is told."""
+        """The actor died: its last words are passed on, then everybody who still waits for it is told."""
+        while self.back.drain():
+            continue
         lane = self._lanes[actor.name.encode()]
         self._lanes_by_identity.pop(actor.identity, None)
         waiting, lane.open, lane.bytes = lane.open, {}, 0

@@ -17,8 +17,11 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import anyio
+import structlog
 import zmq
 from zmq.backend import Socket as Binding
+
+log = structlog.get_logger()
 
 DRAIN_MAX: Final = 256
 """Messages taken before the loop gets a turn: a flood on one socket does not starve the others."""
@@ -60,7 +63,13 @@ class Port:
     def _drain_in_turns(self) -> None:
         """Drain, and go on in the loop's next turn where there is more than belongs in one."""
         self._again = False
-        if self.drain():
+        try:
+            more = self.drain()
+        except Exception:
+            # The messages behind it make no new edge: go on with them.
+            log.exception("a message could not be handled")
+            more = True
+        if more:
             self._drain_soon()
 
     def _drain_soon(self) -> None:

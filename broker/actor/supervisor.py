@@ -10,10 +10,10 @@ and whoever cares is told of every change. What the actor does inside is not kno
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from anyio.abc import Process
 
 log = structlog.get_logger()
+
+WATCH_S = 1.0
+"""How often an actor's silence is looked at."""
 
 decode_status = decoder(ActorStatus).decode
 
@@ -64,7 +67,7 @@ def figures(pid: int) -> Figures:
         with process.oneshot():
             cpu = process.cpu_times()
             return Figures(process.memory_info().rss, cpu.user + cpu.system, process.num_fds())
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return Figures()
 
 
@@ -88,6 +91,7 @@ class Actor:
     last_heard: float = 0.0
     retry_after_ms: int = 0
     status: ActorStatus | None = None
+    process: Process | None = None
     heard: anyio.Event = field(default_factory=anyio.Event)
 
     @property
@@ -106,6 +110,13 @@ class Actor:
         self.last_heard = time.monotonic()
         self.status = decode_status(body)
         self.heard.set()
+
+
+def kill(actor: Actor) -> None:
+    """Kill the actor's process, if it is still there."""
+    if actor.process is not None and actor.process.returncode is None:
+        with suppress(ProcessLookupError):
+            actor.process.kill()
 
 
 class Supervisor:
@@ -152,7 +163,9 @@ class Supervisor:
             log.error("an actor cannot be started", actor=actor.name, error=str(error))
             actor.state = "unavailable"
             return
-        actor.pid = process.pid
+        actor.pid, actor.process = process.pid, process
+        if self._is_stopping():
+            kill(actor)
         try:
             await self._feed(process, actor.setup(actor.identity.decode()))
             async with anyio.create_task_group() as tasks:
@@ -187,12 +200,16 @@ class Supervisor:
             return
         silence_max = self._limits.silence_max_ms / 1000
         while True:
+            asleep = time.monotonic()
+            await anyio.sleep(WATCH_S)
+            if time.monotonic() - asleep > 2 * WATCH_S + 1:
+                # This process was frozen too, or the whole machine: nobody could report.
+                actor.last_heard = time.monotonic()
             silent = time.monotonic() - actor.last_heard
             if silent > silence_max:
                 log.error("an actor is silent and is killed", actor=actor.name, silent_s=round(silent, 1))
                 process.kill()
                 return
-            await anyio.sleep(silence_max - silent + 0.01)
 
     def _is_stopping(self) -> bool:
         return self._stop.is_set()
@@ -201,8 +218,8 @@ class Supervisor:
         """Restart nothing from here on; an actor that is still starting has accepted nothing and is ended."""
         self._stop.set()
         for actor in self.actors.values():
-            if actor.state == "starting" and actor.pid:
-                os.kill(actor.pid, signal.SIGKILL)
+            if actor.state == "starting":
+                kill(actor)
 
     async def kill_late(self) -> None:
         """Kill what has not ended in time after a stop."""
@@ -210,7 +227,7 @@ class Supervisor:
         for actor in self.actors.values():
             if actor.pid:
                 log.error("an actor did not stop in time and is killed", actor=actor.name)
-                os.kill(actor.pid, signal.SIGKILL)
+                kill(actor)
 
     def statuses(self) -> tuple[ActorStatus, ...]:
         """Every actor's figures, with what psutil says."""

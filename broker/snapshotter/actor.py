@@ -101,7 +101,7 @@ class SnapshotterActor:
         # The loop's thread reads with a Snapshots of its own: its cache of chains is not shared with the writer.
         self._reader = Reader(self._environment, Snapshots(self._environment), self._journal, self.backend)
         self._recovery = Recovery(self.backend, snapshots, self._writer, self._trash, ids.boundary)
-        verbs.moved = self._recovery.see
+        verbs.touched = self._recovery.see
         self.service: Service | None = None
 
     async def run(self, ready: Callable[[], None]) -> None:

@@ -69,6 +69,7 @@ class Pool:
         self._lock = threading.Lock()
         self._ready: deque[int] = deque()
         self._parked: deque[Waiter] = deque()
+        self._ended = False
         self._aim = limits.pool_min
         self._wake = threading.Event()
         self._task = Task()
@@ -92,7 +93,11 @@ class Pool:
         self._dry += 1
         self._aim = min(2 * self._aim, self._limits.pool_max)
         with self._lock:
-            self._parked.append(waiter)
+            ended = self._ended
+            if not ended:
+                self._parked.append(waiter)
+        if ended:
+            waiter(Unavailable("the snapshotter is stopping"))
         self._wake.set()
 
     def run(self) -> None:
@@ -111,6 +116,8 @@ class Pool:
                 self._failed(error)
             else:
                 self._shelve(ids)
+        with self._lock:
+            self._ended = True
         self._failed(Unavailable("the snapshotter is stopping"))
 
     def _rest(self) -> None:

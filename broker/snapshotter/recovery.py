@@ -1,22 +1,25 @@
 """After a start: what a crash left on disk without a record is discarded, what a record promises is looked at.
 
-It runs beside the service. Records are looked at by the writer, a page between turns, because only there no commit
-is half done on the same directory; a record whose files are gone is marked broken and everything else serves. Then
-the disk is listed: an id below this run's boundary (ids are never used twice) that no record has is a left-over.
+It runs beside the service. Records are looked at by the writer, a page between turns; a record whose files are gone
+is marked broken and everything else serves. An id that a commit has touched since the start is left alone: its files
+may be half way between the two kinds, and its record moves to another key, perhaps from ahead of the scan to behind
+it. Then the disk is listed: an id below this run's boundary (ids are never used twice) that no record has is a
+left-over.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-import msgspec
 import structlog
 
 from broker.snapshotter.verbs import snapshot_of
 from broker.snapshotter.writer import Errand
 from broker.store.records import BROKEN, Record
-from snapbroker.errors import BrokerError
+from snapbroker.errors import BrokerError, NotFound
 
 if TYPE_CHECKING:
     from lmdb import Transaction
@@ -30,6 +33,8 @@ log = structlog.get_logger()
 
 PAGE: Final = 64
 """Records looked at in one turn: about a millisecond."""
+RETRY_S: Final = 1.0
+"""Pause before something that failed is tried again."""
 
 
 class IdSet:
@@ -65,11 +70,19 @@ class Recovery:
         self.finished = False
 
     def begin(self) -> None:
-        """Queue the first page."""
+        """Take over what an earlier run had put aside, and queue the first page of records."""
+        self._writer.submit_work(self._take_over)
         self._page(b"")
 
+    def _take_over(self) -> None:
+        try:
+            self._trash.recover(self._backend.discarded())
+        except (OSError, BrokerError) as error:
+            log.warning("the trash cannot be listed", error=str(error))
+            self._later(lambda: self._writer.submit_work(self._take_over))
+
     def see(self, id_: int) -> None:
-        """A record moves to another key, perhaps from ahead of the scan to behind it; called by the writer."""
+        """A commit has touched the id; called by the writer."""
         if not self.finished:
             self._seen.add(id_)
 
@@ -90,38 +103,51 @@ class Recovery:
                     self._look(txn, key, record)
 
         def done(error: BrokerError | None) -> None:
+            if self._stopped:
+                return
             if error is not None:
-                log.error("recovery stopped", error=str(error))
-            elif rows and not self._stopped:
+                log.warning("recovery waits for the database", error=error.message)
+                self._later(lambda: self._page(after))
+            elif rows:
                 self._page(rows[-1][0])
-            elif not self._stopped:
+            else:
                 self._writer.submit_work(self._sweep)
 
         self._writer.errand(Errand(run, done))
 
+    def _later(self, call: Callable[[], None]) -> None:
+        timer = threading.Timer(RETRY_S, call)
+        timer.daemon = True
+        timer.start()
+
     def _look(self, txn: Transaction, key: bytes, record: Record) -> None:
-        self._seen.add(record.id)
-        if record.id >= self._boundary:
+        if record.id >= self._boundary or record.id in self._seen:
             return
+        self._seen.add(record.id)
         self.checked += 1
         namespace = key[: key.index(b"\0")].decode()
+        name = ""
         try:
             info = record.decoded()
-            snapshot = snapshot_of(self._snapshots, txn, namespace, info, record)
-            whole = self._backend.whole(snapshot)
-        except (BrokerError, OSError, msgspec.MsgspecError) as error:
-            log.warning("a snapshot cannot be looked at", namespace=namespace, id=record.id, error=str(error))
+            name = info.name
+            whole = self._backend.whole(snapshot_of(self._snapshots, txn, namespace, info, record))
+        except (NotFound, FileNotFoundError, NotADirectoryError):
             whole = False
+        except Exception as error:
+            # It may pass: what cannot be looked at is not therefore broken.
+            log.warning(
+                "a snapshot cannot be looked at", namespace=namespace, name=name, id=record.id, error=str(error)
+            )
+            return
+        if not whole:
+            self.broken += 1
+            log.error("a snapshot is broken: its files are missing", namespace=namespace, name=name, id=record.id)
         if whole == record.broken:
-            if not whole:
-                self.broken += 1
-                log.error("a snapshot is broken: its files are missing", namespace=namespace, id=record.id)
             self._snapshots.put(txn, key, record._replace(flags=0 if whole else BROKEN))
 
     def _sweep(self) -> None:
         """Discard what has no record; in a worker."""
         try:
-            self._trash.recover(list(self._backend.discarded()))
             # Whose files a damaged record speaks of is unknown: nothing may be taken for a left-over.
             for id_ in () if self.damaged else self._backend.ids():
                 if self._stopped:

@@ -77,6 +77,8 @@ class ServiceLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     streams_max: int = 256
     """Most walks, event streams and cleanups open at a time."""
+    follow_max_ms: int = 60_000
+    """Longest a followed stream of events waits; then it ends without error, and the client asks again."""
     timeout_default_ms: int = 60_000
     """Deadline of a request that names none."""
     timeout_max_ms: int = 24 * 3600 * 1000
@@ -350,7 +352,7 @@ class Service:
         page: Callable[[int], tuple[bytes, int, int, bool]],
         deadline: int,
     ) -> bytes:
-        since, credit = call.since, call.credit
+        since, credit, begun = call.since, call.credit, time.monotonic_ns()
         while True:
             news = self._news
             answer, since, newest, some = page(since)
@@ -365,7 +367,9 @@ class Service:
             if not caught_up:
                 await anyio.lowlevel.checkpoint()
                 continue
-            with anyio.move_on_after((deadline - time.monotonic_ns()) / 1e9) as waiting:
+            # A client that went away tells nobody: so a stream lasts no longer than its limit, and is asked for again.
+            until = min(deadline, begun + self._limits.follow_max_ms * _MILLISECOND)
+            with anyio.move_on_after((until - time.monotonic_ns()) / 1e9) as waiting:
                 await news.wait()
             if waiting.cancelled_caught or self._stopping:
                 return page(since)[0]
@@ -443,11 +447,18 @@ class Service:
             touched[ticket] = None
         for ticket in touched:
             if ticket.outcomes or not ticket.missing:
-                ticket.flush()
+                self._flush(ticket)
         if delivery.events:
             self._publish(delivery.events)
             self._news.set()
             self._news = anyio.Event()
+
+    def _flush(self, ticket: Ticket) -> None:
+        """One reply that cannot be sent must not keep the others and the events from leaving."""
+        try:
+            ticket.flush()
+        except Exception as error:
+            self._refuse(ticket.client, ticket.request_id, error_of(error, "the reply"))
 
     def _settle_deleted(self, ticket: Ticket, index: int, result: Result) -> None:
         """With `sync_remove`, a removal is answered once its files are deleted (C43)."""

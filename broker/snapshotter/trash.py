@@ -17,7 +17,6 @@ import structlog
 
 from backends.api import Task
 from snapbroker.contract import Usage
-from snapbroker.errors import BrokerError
 
 if TYPE_CHECKING:
     from backends.api import Backend
@@ -26,6 +25,8 @@ log = structlog.get_logger()
 
 QUEUE_MAX: Final = 65_536
 """Tokens kept in memory; beyond, the directory on disk is the queue."""
+RETRY_S: Final = 1.0
+"""Pause before a deletion that failed as a whole is tried again."""
 BATCH: Final = 64
 """Tokens deleted between two looks at the queue."""
 
@@ -84,24 +85,23 @@ class Trash:
         """Take over what an earlier run, or an earlier attempt, had put aside."""
         with self._condition:
             before = len(self._queue)
-            self._queue.extend(itertools.islice(tokens, QUEUE_MAX))
+            several = iter(tokens)
+            self._queue.extend(itertools.islice(several, max(0, QUEUE_MAX - before)))
             self._added += len(self._queue) - before
+            for _ in several:
+                self._added += 1
+                self._overflow = True
             self._condition.notify()
 
     def run(self) -> None:
         """Delete until `stop`; the body of a thread."""
         while tokens := self._next():
-            failed = self._delete(tokens)
-            with self._condition:
-                self._deleted += len(tokens)
-                for token in tokens:
-                    usage = self._sizes.pop(token, None)
-                    self._bytes -= usage.size if usage else 0
-                    self._failed.pop(token, None)
-                self._failed.update(failed)
-                ready = self._take_ready()
-            for call in ready:
-                call()
+            try:
+                failed = self._deleter.delete(tokens, self._task)
+            except Exception as error:
+                self._put_back(tokens, error)
+                continue
+            self._note(tokens, failed)
         self._deleter.let_go()
 
     def _next(self) -> list[str]:
@@ -119,7 +119,11 @@ class Trash:
 
     def _refill(self) -> None:
         """After an overflow: what the disk has."""
-        tokens = list(itertools.islice(self._backend.discarded(), QUEUE_MAX))
+        try:
+            tokens = list(itertools.islice(self._backend.discarded(), QUEUE_MAX))
+        except Exception as error:
+            self._put_back([], error)
+            return
         with self._condition:
             self._queue.extend(token for token in tokens if token not in self._failed)
             if not self._queue:
@@ -139,16 +143,28 @@ class Trash:
         self._waiters = [(mark, call) for mark, call in self._waiters if mark > self._deleted]
         return ready
 
-    def _delete(self, tokens: list[str]) -> dict[str, str]:
-        try:
-            failed = self._deleter.delete(tokens, self._task)
-        except (OSError, BrokerError) as error:
-            if self._stopped():
-                return {}
-            failed = dict.fromkeys(tokens, str(error))
+    def _put_back(self, tokens: list[str], error: Exception) -> None:
+        """Nothing could be deleted at all: try the same again after a pause."""
+        if self._stopped():
+            return
+        log.warning("removed snapshots' files cannot be deleted at the moment", error=str(error), entries=len(tokens))
+        with self._condition:
+            self._queue.extendleft(reversed(tokens))
+            self._condition.wait_for(self._stopped, RETRY_S)
+
+    def _note(self, tokens: list[str], failed: dict[str, str]) -> None:
         for token, reason in failed.items():
             log.warning("a removed snapshot's files cannot be deleted", token=token, error=reason)
-        return failed
+        with self._condition:
+            self._deleted += len(tokens)
+            for token in tokens:
+                usage = self._sizes.pop(token, None)
+                self._bytes -= usage.size if usage else 0
+                self._failed.pop(token, None)
+            self._failed.update(failed)
+            ready = self._take_ready()
+        for call in ready:
+            call()
 
     def when_empty(self, call: Callable[[], None]) -> Callable[[], None]:
         """Call `call`, from any thread, once all that is put aside by this moment is deleted; returns an undo.

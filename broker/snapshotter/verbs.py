@@ -132,8 +132,8 @@ class Verbs:
         self._trash = trash
         self._layers_max = layers_max
         self.holds = Holds()
-        self.moved: Callable[[int], None] = lambda _id: None
-        """Told of every id whose record goes to another key: a scan of the records may miss it."""
+        self.touched: Callable[[int], None] = lambda _id: None
+        """Told of every id that is being committed: recovery must neither miss its record nor look at its files."""
         self.handlers: Mapping[type[Any], Callable[[Scene, Any], bytes | Need]] = {
             Prepare: self.prepare,
             View: self.view,
@@ -207,10 +207,14 @@ class Verbs:
         return chain, record.id
 
     def _check_reference(self, scene: Scene, target: str, parent: str) -> None:
-        """AlreadyExists when the layer asked for is there, nothing is created (C93, C94)."""
-        names = self._snapshots.referred(scene.txn, scene.namespace, target)
-        for name in (target, *names):
-            record = self._snapshots.get(scene.txn, index_key(scene.namespace, name)) if name else None
+        """AlreadyExists when the layer asked for is there, under its name or under its label; nothing is created.
+
+        C93 asks for the name alone, C94 for the label and the parent.
+        """
+        if self._snapshots.get(scene.txn, index_key(scene.namespace, target)) is not None:
+            raise AlreadyExists(f"target snapshot {target!r} already exists", {"name": target})
+        for name in self._snapshots.referred(scene.txn, scene.namespace, target):
+            record = self._snapshots.get(scene.txn, index_key(scene.namespace, name))
             if record and record.kind is Kind.COMMITTED and record.decoded().parent == parent:
                 raise AlreadyExists(f"target snapshot {target!r} exists as {name!r}", {"name": name})
 
@@ -237,6 +241,8 @@ class Verbs:
         """C28-C38 with D5 (no cycle), D9 (rebase only where the backend can) and D12 (sync)."""
         check_name(call.name, "name")
         check_name(call.key)
+        if call.parent:
+            check_name(call.parent, "parent")
         check_labels(call.labels)
         source = index_key(scene.namespace, call.key)
         record = self._snapshots.get(scene.txn, source)
@@ -252,6 +258,7 @@ class Verbs:
         info = record.decoded()
         parent, record = self._rebased(scene, call, info, record)
         snapshot = self._snapshot(scene, info, record)
+        self.touched(record.id)
         made = scene.made
         if made is None:
             return Need(
@@ -265,7 +272,6 @@ class Verbs:
         labels = without_empty(call.labels)
         committed = Info(call.name, Kind.COMMITTED, parent, labels, scene.now, scene.now)
         encoded = encode_info(committed)
-        self.moved(record.id)
         self._snapshots.delete(scene.txn, source, record)
         self._snapshots.insert(
             scene.txn,
@@ -289,7 +295,6 @@ class Verbs:
             )
         if REBASE not in self._backend.capabilities:
             raise InvalidArgument("this snapshotter cannot rebase at commit: prepare the key on its parent")
-        check_name(call.parent, "parent")
         parent = self._snapshots.get(scene.txn, index_key(scene.namespace, call.parent))
         error = REBASE_PARENT[parent.kind if parent else None]
         if parent is None or error is not None:
@@ -298,6 +303,7 @@ class Verbs:
                 if parent
                 else f"parent {call.parent!r} does not exist"
             )
+        check_whole(parent, call.parent)
         chain = self._snapshots.chain(scene.txn, scene.namespace, call.parent, parent)
         if len(chain) > self._layers_max:
             raise InvalidArgument(
@@ -331,6 +337,7 @@ class Verbs:
     def update(self, scene: Scene, call: Update) -> bytes:
         """C56-C62."""
         check_name(call.name, "name")
+        check_labels(call.labels)
         index = index_key(scene.namespace, call.name)
         record = self._snapshots.get(scene.txn, index)
         if record is None:

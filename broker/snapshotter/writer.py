@@ -239,8 +239,8 @@ class Writer:
         if operation.failure is not None:
             raise operation.failure
         if operation.made or operation.task is None:
-            if not operation.made and operation.deadline and monotonic > operation.deadline:
-                raise DeadlineExceeded("the deadline passed before the call began; it was not executed")
+            if not operation.made:
+                _check_deadline(operation, monotonic)
             return
         if operation.task.cancelled:
             raise Cancelled("the call was taken back before it began")
@@ -334,7 +334,12 @@ class Writer:
             if need.labour is Labour.STOCK and self._pool is not None:
                 self._pool.park(lambda got, index=index, need=need: self._stocked(operation, index, need, got))  # type: ignore[misc]
                 return
-        self._executor.submit(self._labour, operation, needs)
+        try:
+            self._executor.submit(self._labour, operation, needs)
+        except RuntimeError as error:
+            # No thread to be had (pids limit); what is queued goes to the workers there are, later calls may succeed.
+            operation.failure = ResourceExhausted(f"no worker can be started: {error}", {"retry_after_ms": 100})
+            self._inbox.put(operation)
 
     def _stocked(self, operation: Operation, index: int, need: Need, got: int | BrokerError) -> None:
         """The pool made a directory for a call, or could not; queue the operation again."""
@@ -350,6 +355,8 @@ class Writer:
         for index, need in needs:
             try:
                 task.advance(0)
+                if not operation.made:
+                    _check_deadline(operation, time.monotonic_ns())
                 operation.made[index] = self._labours[need.labour](need, task)
             except Exception as error:
                 operation.failure, operation.failed = error_of(error, need.labour.value), index
@@ -375,7 +382,7 @@ class Writer:
         self._let_go(operation)
         for made in operation.made.values():
             if made.labour is Labour.CREATE:
-                self._verbs.discard(made.snapshot.id)
+                self._after(lambda made=made: self._verbs.discard(made.snapshot.id))  # type: ignore[misc]
             elif made.labour is Labour.COMMIT:
                 self._after(lambda made=made: self._backend.revert(made.snapshot))  # type: ignore[misc]
         operation.made.clear()
@@ -406,6 +413,11 @@ class _Draft:
         self.after: list[Callable[[], None]] = []
         self.errands: list[Errand] = []
         self.failed: list[Operation] = []
+
+
+def _check_deadline(operation: Operation, monotonic: int) -> None:
+    if operation.deadline and monotonic > operation.deadline:
+        raise DeadlineExceeded("the deadline passed before the call began; it was not executed")
 
 
 def _shared(operation: Operation, failed: int, error: BrokerError) -> list[Result]:

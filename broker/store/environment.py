@@ -127,8 +127,9 @@ class Environment:
 
     def statistics(self) -> dict[str, int]:
         """Map size, bytes used, and readers, for `status`."""
-        info = self._env.info()
-        page = int(self._env.stat()["psize"])
+        with self._gate:
+            info = self._env.info()
+            page = int(self._env.stat()["psize"])
         return {
             "map_bytes": int(info["map_size"]),
             "used_bytes": int(info["last_pgno"] + 1) * page,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from broker.store.environment import Environment
 
 _U64: Final = struct.Struct(">Q")
+TOPICS_CACHED_MAX: Final = 65_536
+"""Topics whose newest sequence is kept in memory; the database knows the others."""
 _TRIM_EXTRA: Final = 64
 """Old events dropped per turn beyond the number that came in, so that a lowered limit is reached in time."""
 
@@ -130,6 +132,8 @@ class Journal:
         """The turn's transaction is committed: its state is the journal's."""
         self.newest = turn.sequence
         self.oldest = turn.oldest
+        if len(self._topics) > TOPICS_CACHED_MAX:
+            self._topics.clear()
         self._topics.update(turn.topics)
 
     def trim(self, txn: Transaction, now: int, newest: int, drop_max: int) -> int:

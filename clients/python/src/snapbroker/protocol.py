@@ -366,8 +366,13 @@ def decode_heartbeat(body: bytes | memoryview) -> Heartbeat:
 
 
 def fault(error: BrokerError) -> Fault:
-    """The error as it is sent."""
-    return Fault(code=error.code, message=error.message, details=dict(error.details))
+    """The error as it is sent; a file's name in it may be no text, and is escaped."""
+    details = {key: _as_text(value) if isinstance(value, str) else value for key, value in error.details.items()}
+    return Fault(code=error.code, message=_as_text(error.message), details=details)
+
+
+def _as_text(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 def error_of(sent: Fault) -> BrokerError:
