@@ -108,6 +108,11 @@ class Backend(Protocol):
         """Make the root's layout where it is missing and return the backend; OSError or BrokerError says why not."""
         ...
 
+    @classmethod
+    def open_again(cls, root: Path, options: Any) -> Self:
+        """The backend in a helper process of one that has it open: nothing is probed, which may need room on disk."""
+        ...
+
     def create(self, snapshot: Snapshot, task: Task) -> None:
         """Build an active snapshot or view. On any error, nothing of it is left."""
         ...

@@ -104,6 +104,11 @@ class Btrfs:
             raise FailedPrecondition("; ".join(support.missing))
         return cls(files.Shelf(root), options)
 
+    @classmethod
+    def open_again(cls, root: Path, options: Any) -> Self:
+        """The same root in another process, without probing."""
+        return cls(files.Shelf(root), options)
+
     def __init__(self, shelf: files.Shelf, options: BtrfsOptions) -> None:
         self.root = shelf.root
         self.options = options

@@ -46,6 +46,11 @@ class Memory:
         """A backend without snapshots; `root` is only remembered."""
         return cls(root)
 
+    @classmethod
+    def open_again(cls, root: Path, options: MemoryOptions) -> Self:
+        """The same root in another process, without probing."""
+        return cls(root)
+
     def create(self, snapshot: Snapshot, task: Task) -> None:
         """Remember the id."""
         self.stock([snapshot.id], task)

@@ -90,6 +90,11 @@ class Native:
             raise FailedPrecondition("; ".join(support.missing))
         return cls(files.Shelf(root), options)
 
+    @classmethod
+    def open_again(cls, root: Path, options: NativeOptions) -> Self:
+        """The same root in another process, without probing."""
+        return cls(files.Shelf(root), options)
+
     def __init__(self, shelf: files.Shelf, options: NativeOptions) -> None:
         self.root = shelf.root
         self.options = options

@@ -109,6 +109,11 @@ class Overlayfs:
             shelf.close()
             raise
 
+    @classmethod
+    def open_again(cls, root: Path, options: OverlayfsOptions) -> Self:
+        """The same root in another process, without probing."""
+        return cls(Shelf(root), options, Features())
+
     def create(self, snapshot: Snapshot, task: Task) -> None:
         """Make the snapshot's directories, with the owner they need."""
         if len(snapshot.parents) > LAYERS_MAX:

@@ -8,6 +8,7 @@ is something to do and let go when there was nothing for a while.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import struct
@@ -279,7 +280,7 @@ class Crew:
 
 
 def main() -> None:
-    """Serve one Place until standard input ends."""
+    """Serve one Place until standard input ends, or nobody reads the answers."""
     # Imported here: the actor's end needs none of it.
     from backends import registry
 
@@ -291,7 +292,10 @@ def main() -> None:
         return
     place = msgspec.msgpack.decode(body, type=Place)
     kind = registry.load(place.backend)
-    backend: Any = kind.open(Path(place.root), msgspec.convert(place.options, kind.Options))
+    try:
+        backend: Any = kind.open_again(Path(place.root), msgspec.convert(place.options, kind.Options))
+    except (OSError, BrokerError) as error:
+        sys.exit(f"a helper process of {place.root} cannot start: {error}")
     while (body := read(sys.stdin.buffer)) is not None:
         job = _decode_job(body)
         if job.build is not None:
@@ -369,4 +373,5 @@ def delete(backend: Any, tokens: list[str]) -> Answer:
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(BrokenPipeError):
+        main()

@@ -73,6 +73,7 @@ class Pool:
         self._aim = limits.pool_min
         self._wake = threading.Event()
         self._task = Task()
+        self._complaint = ""
         self._taken = 0
         self._dry = 0
         self._failures = 0
@@ -129,6 +130,7 @@ class Pool:
 
     def _shelve(self, ids: list[int]) -> None:
         """Who waits is served first."""
+        self._complaint = ""
         with self._lock:
             self._ready.extend(ids)
             served = [(self._parked.popleft(), self._ready.popleft()) for _ in range(min(len(self._parked), len(ids)))]
@@ -145,7 +147,9 @@ class Pool:
         if self._stopped():
             return
         self._failures += 1
-        log.warning("the pool cannot be stocked", error=error.message, ready=len(self._ready))
+        if error.message != self._complaint:
+            self._complaint = error.message
+            log.warning("the pool cannot be stocked", error=error.message, ready=len(self._ready))
         self._wake.clear()
         self._wake.wait(RETRY_S)
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 FORMAT: Final = 1
 """Version of the records' layout; another one is refused at open."""
 
+FULL_BYTES: Final = 1 << 20
+"""With less room than this, a write that failed is taken to have failed for it."""
 RESERVE_STEP_BYTES: Final = 1 << 20
 """By how much at least the map grows for a transaction that frees."""
 
@@ -50,6 +52,7 @@ class Environment:
 
     def __init__(self, path: Path, limits: StoreLimits) -> None:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._path = path
         self._limits = limits
         self._gate = threading.Lock()
         size = (path / "data.mdb").stat().st_size if (path / "data.mdb").exists() else 0
@@ -102,7 +105,14 @@ class Environment:
             except lmdb.DiskError as error:
                 raise ResourceExhausted(f"the metadata database's disk is full: {error}") from error
             except lmdb.Error as error:
+                if self._disk_is_full():
+                    raise ResourceExhausted(f"the metadata database's disk is full: {error}") from error
                 raise Internal(f"the metadata database failed: {error}") from error
+
+    def _disk_is_full(self) -> bool:
+        """LMDB reports a write that a full disk cut short as an input/output error."""
+        figures = os.statvfs(self._path)
+        return figures.f_bavail * figures.f_frsize < FULL_BYTES
 
     @contextmanager
     def nested(self, txn: Transaction) -> Iterator[Transaction]:
