@@ -191,6 +191,15 @@ class Pooled(Protocol):
 
 
 @runtime_checkable
+class Glancing(Protocol):
+    """A backend whose `commit`, without `sync`, does nothing but measure, which a small snapshot is too quick for."""
+
+    def glance(self, snapshot: Snapshot) -> Usage | None:
+        """The usage of an active snapshot of a few entries; None where measuring it would take longer than that."""
+        ...
+
+
+@runtime_checkable
 class Copying(Protocol):
     """A backend whose `create` is a computation, best done by several processes, and then a flush that many share."""
 

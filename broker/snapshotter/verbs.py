@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from backends.api import REBASE, Backend, Pooled, Snapshot
+from backends.api import REBASE, Backend, Glancing, Pooled, Snapshot
 from broker.snapshotter.lifecycle import PARENT, REBASE_PARENT, refusal
 from broker.snapshotter.operations import After, Labour, Made, Need, Operation
 from broker.store.records import Record, encode_info, index_key
@@ -126,6 +126,7 @@ class Verbs:
     ) -> None:
         self._backend = backend
         self._pooled = backend if isinstance(backend, Pooled) and pool is not None else None
+        self._glancing = backend if isinstance(backend, Glancing) else None
         self._snapshots = snapshots
         self._ids = ids
         self._pool = pool
@@ -260,6 +261,9 @@ class Verbs:
         snapshot = self._snapshot(scene, info, record)
         self.touched(record.id)
         made = scene.made
+        if made is None and not call.sync and self._glancing is not None:
+            usage = self._glancing.glance(snapshot)
+            made = None if usage is None else Made(Labour.COMMIT, snapshot, usage)
         if made is None:
             return Need(
                 Labour.COMMIT,
