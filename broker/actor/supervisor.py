@@ -166,6 +166,7 @@ class Supervisor:
         actor.pid, actor.process = process.pid, process
         if self._is_stopping():
             kill(actor)
+        status: int | None = None
         try:
             await self._feed(process, actor.setup(actor.identity.decode()))
             async with anyio.create_task_group() as tasks:
