@@ -1,0 +1,1 @@
+"""Programs that call: each runs one load and prints one JSON document."""
