@@ -358,13 +358,13 @@ class FakeBroker:
         """An event from nowhere, out of the broker's thread."""
         self.run(lambda: self.publish(self.record(namespace, verb, key, None)))
 
-    def heartbeat(self, *, with_topics: bool = True) -> None:
-        """Publish one heartbeat."""
+    def heartbeat(self, *, with_topics: bool = True, time: int = 0) -> None:
+        """Publish one heartbeat, sent at `time`."""
 
         def send() -> None:
             changed = {name: newest for name, newest in self.newest_of_topic.items() if newest > self.beat}
             beat = protocol.Heartbeat(
-                sequence=self.newest, previous=self.beat, time=0, topics=changed if with_topics else None
+                sequence=self.newest, previous=self.beat, time=time, topics=changed if with_topics else None
             )
             name = protocol.heartbeat_topic(self.names[0])
             self.publisher.send_multipart(protocol.event_frames(name, self.newest, protocol.encode(beat)))

@@ -195,7 +195,9 @@ async def test_a_cancelled_call_is_taken_back(broker: Broker, fake: FakeBroker):
     assert broker.statistics().under_way == 0
 
 
-async def test_a_call_of_many_is_taken_back_alone_and_the_request_with_the_last_of_its_callers(broker: Broker, fake: FakeBroker):
+async def test_a_call_of_many_is_taken_back_alone_and_the_request_with_the_last_of_its_callers(
+    broker: Broker, fake: FakeBroker
+):
     fake.script.append(fake_broker.silence)
     calls = [asyncio.create_task(broker.prepare(f"k{number}")) for number in range(3)]
     await seen(fake, lambda: fake.received)
@@ -577,13 +579,37 @@ async def test_a_flood_of_events_lets_other_tasks_run(broker: Broker, fake: Fake
         assert turns >= 5
 
 
-async def test_silence_is_doubted(broker: Broker, fake: FakeBroker, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(subscriber, "SILENCE_SECONDS", 0.05)
-    async with broker.events() as events:
+async def test_silence_is_doubted(broker: Broker, fake: FakeBroker):
+    async with broker.events(silence=0.05) as events:
         await seen(fake, lambda: fake.subscriptions)
         fake.lose = lambda event: True
         await broker.prepare("k")
         assert (await anext(events)).key == "k"
+
+
+async def test_silence_is_doubted_by_who_polls_more_often(broker: Broker, fake: FakeBroker):
+    async with broker.events(silence=0.2) as events:
+        await seen(fake, lambda: fake.subscriptions)
+        fake.lose = lambda event: True
+        await broker.prepare("k")
+        for _ in range(1000):
+            event = await events.poll(0.05)
+            if event is not None:
+                break
+        assert event is not None
+        assert event.key == "k"
+
+
+async def test_the_heartbeats_tell_what_silence_is(broker: Broker, fake: FakeBroker):
+    async with broker.events(silence=0.05) as events:
+        await seen(fake, lambda: fake.subscriptions)
+        asked = len(fake.requests("events"))
+        fake.heartbeat(time=1)
+        fake.heartbeat(time=1 + 60 * 10**9)
+        fake.happen("k")
+        assert (await anext(events)).key == "k"
+        assert await events.poll(0.3) is None
+        assert len(fake.requests("events")) == asked
 
 
 async def test_a_cancelled_wait_for_an_event_loses_none(broker: Broker, fake: FakeBroker):
@@ -651,6 +677,17 @@ async def test_a_workspace_whose_block_fails_leaves_nothing(broker: Broker, fake
     assert not path.exists()
     assert str(path) not in mounted()
     assert fake.snapshots == {}
+
+
+@pytest.mark.root
+async def test_a_workspace_that_cannot_be_committed_is_kept_if_asked_for(broker: Broker, fake: FakeBroker):
+    await broker.prepare("taken")
+    with pytest.raises(AlreadyExists) as raised:
+        async with broker.workspace(commit_as="taken", keep_uncommitted=True) as path:
+            (path / "file").write_text("made")
+    (key,) = [key for _, key in fake.snapshots if key != "taken"]
+    assert f"the work is kept in the active snapshot {key!r}" in raised.value.__notes__[0]
+    assert (fake.directory / "files" / key / "file").read_text() == "made"
 
 
 @pytest.mark.root

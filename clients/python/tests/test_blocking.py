@@ -524,13 +524,33 @@ def test_what_happens_while_the_journal_is_read_comes_once(broker: Broker, fake:
         assert next(events).sequence == 5
 
 
-def test_silence_is_doubted(broker: Broker, fake: FakeBroker, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(subscriber, "SILENCE_SECONDS", 0.05)
-    with broker.events() as events:
+def test_silence_is_doubted(broker: Broker, fake: FakeBroker):
+    with broker.events(silence=0.05) as events:
         fake.wait_for_subscription()
         fake.lose = lambda event: True
         fake.happen("k")
         assert next(events).key == "k"
+
+
+def test_silence_is_doubted_by_who_polls_more_often(broker: Broker, fake: FakeBroker):
+    with broker.events(silence=0.2) as events:
+        fake.wait_for_subscription()
+        fake.lose = lambda event: True
+        fake.happen("k")
+        found = (events.poll(0.01) for _ in range(1000))
+        assert next(event for event in found if event).key == "k"
+
+
+def test_the_heartbeats_tell_what_silence_is(broker: Broker, fake: FakeBroker):
+    with broker.events(silence=0.05) as events:
+        fake.wait_for_subscription()
+        asked = len(fake.requests("events"))
+        fake.heartbeat(time=1)
+        fake.heartbeat(time=1 + 60 * 10**9)
+        fake.happen("k")
+        assert next(events).key == "k"
+        assert events.poll(0.3) is None
+        assert len(fake.requests("events")) == asked
 
 
 def test_events_no_longer_kept(broker: Broker, fake: FakeBroker):
@@ -638,6 +658,24 @@ def test_a_workspace_that_cannot_be_committed_is_removed(broker: Broker, fake: F
     assert [key for _, key in fake.snapshots] == ["taken"]
 
 
+@pytest.mark.root
+def test_a_workspace_that_cannot_be_committed_is_kept_if_asked_for(broker: Broker, fake: FakeBroker):
+    broker.prepare("taken")
+    with pytest.raises(AlreadyExists) as raised, broker.workspace(commit_as="taken", keep_uncommitted=True) as path:
+        (path / "file").write_text("made")
+    (key,) = [key for _, key in fake.snapshots if key != "taken"]
+    assert f"the work is kept in the active snapshot {key!r}" in raised.value.__notes__[0]
+    assert (fake.directory / "files" / key / "file").read_text() == "made"
+    assert not mounted_below(path)
+
+
+@pytest.mark.root
+def test_a_block_that_fails_is_discarded_whatever_is_kept(broker: Broker, fake: FakeBroker):
+    with pytest.raises(ZeroDivisionError), broker.workspace(commit_as="result", keep_uncommitted=True):
+        1 / 0  # noqa: B018
+    assert fake.snapshots == {}
+
+
 def test_a_key_that_somebody_else_prepared_is_left_alone(broker: Broker, fake: FakeBroker):
     broker.prepare("mine")
     with pytest.raises(AlreadyExists), broker.workspace(key="mine"):
@@ -686,7 +724,7 @@ def test_the_library_loads_what_is_used():
 def test_no_socket_is_left_open(fake: FakeBroker):
     with snapbroker.connect(fake.endpoint, snapshotter="overlayfs") as broker:
         events = broker.events()
-        context = events._connection.context
+        context = events._connection.sockets.context
         broker.status()
     assert not context.closed
     events.close()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 import snapbroker
+from snapbroker import endpoints
 from snapbroker.command import main, words
 from snapbroker.command.arguments import _parser, parse
 from snapbroker.command.failures import complaint, statuses
@@ -97,6 +98,7 @@ class FakeBroker:
     failures: dict[str, BrokerError] = field(default_factory=dict)
     progress: list[Progress] = field(default_factory=list)
     workspace_path: Path | None = None
+    commit_failure: BrokerError | None = None
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     connected: dict[str, Any] = field(default_factory=dict)
 
@@ -140,7 +142,10 @@ class FakeBroker:
 
     def stat(self, key: str) -> Info:
         self._called("stat", key)
-        return next(each for each in self.infos if each.name == key)
+        for each in self.infos:
+            if each.name == key:
+                return each
+        raise NotFound(f"snapshot {key!r} does not exist")
 
     def update(self, name: str, labels: dict[str, str], fieldpaths: tuple[str, ...]) -> Info:
         self._called("update", name, labels, fieldpaths)
@@ -189,6 +194,8 @@ class FakeBroker:
         except BaseException:
             self.calls.append(("discarded",))
             raise
+        if self.commit_failure:
+            raise self.commit_failure
         self.calls.append(("committed", options["commit_as"]))
 
 
@@ -315,6 +322,28 @@ def test_errors_say_what_to_do() -> None:
     assert "repeat in 1.5 s" in complaint(ResourceExhausted("full", {"retry_after_ms": 1500}))
     assert "--timeout" in complaint(DeadlineExceeded("late"))
     assert "snapbroker ls" in complaint(NotFound("no such snapshot"))
+    assert "snapbroker ls" in complaint(NotFound("snapshot 'a: b' does not exist"))
+    assert "snapbroker tree" in complaint(FailedPrecondition("cannot remove snapshot with child: 'base'"))
+    assert "commit it first" in complaint(FailedPrecondition("parent 'a' is active, not committed"))
+    assert "-n" in complaint(FailedPrecondition("namespace is required: name one"))
+
+
+@pytest.mark.parametrize(
+    "message", ["no snapshotter 'nix'; there are: native", "mount point /x does not exist: make the directory first"]
+)
+def test_errors_that_say_what_to_do_are_left_alone(message: str) -> None:
+    assert complaint(NotFound(message)) == f"snapbroker: not_found: {message}"
+
+
+def test_every_variable_of_the_environment_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    told = capsys.readouterr().out
+    page = DOCUMENTATION.read_text()
+    for name in vars(endpoints):
+        if name.endswith("_VARIABLE"):
+            assert getattr(endpoints, name) in told
+            assert f"`{getattr(endpoints, name)}`" in page
 
 
 # Each verb.
@@ -480,6 +509,16 @@ def test_events_that_are_kept(command: Any, fake: FakeBroker) -> None:
     assert documents[1]["info"] is None
 
 
+def test_events_in_json_have_every_field(command: Any, fake: FakeBroker) -> None:
+    fake.kept = [event(1, "prepare", "k", Info("k", Kind.ACTIVE)), event(2, "cleanup")]
+    documents = [json.loads(line) for line in command("events", "--json")[1].splitlines()]
+    every = {"name": "k", "kind": "active", "parent": "", "labels": {}, "created": 0, "updated": 0}
+    assert documents[0]["info"] == every
+    assert set(documents[0]) == {*Event.__struct_fields__, "topic"}
+    assert documents[1] == {**documents[1], "key": "", "info": None}
+    assert set(documents[1]) == set(documents[0])
+
+
 def test_events_begin_with_the_oldest_kept(command: Any, fake: FakeBroker) -> None:
     fake.oldest = 7
     fake.kept = [event(7, "remove", "a")]
@@ -553,10 +592,32 @@ def test_run_commits_on_success(command: Any, fake: FakeBroker, tmp_path: Path) 
     status, out, _ = command("run", *line)
     assert (status, out) == (0, f"{tmp_path}\n")
     assert (tmp_path / "made").read_text() == "1\n"
-    options = fake.calls[0][1]
+    assert fake.calls[0] == ("stat", "c")
+    options = fake.calls[1][1]
     assert re.fullmatch(r"run-[0-9a-f]{32}", options.pop("key"))
-    assert options == {"parent": "p", "commit_as": "c", "labels": {"a": "b"}, "sync": True}
-    assert fake.calls[1] == ("committed", "c")
+    assert options == {"parent": "p", "commit_as": "c", "labels": {"a": "b"}, "sync": True, "keep_uncommitted": True}
+    assert fake.calls[2] == ("committed", "c")
+
+
+def test_run_of_a_name_that_is_taken_runs_nothing(command: Any, fake: FakeBroker, tmp_path: Path) -> None:
+    fake.infos = [info("c")]
+    status, _, err = command("run", "--commit", "c", "--", "touch", "made")
+    assert status == AlreadyExists.exit_status
+    assert not (tmp_path / "made").exists()
+    assert [call[0] for call in fake.calls] == ["stat", "close"]
+    assert "the command was not run; choose another" in err
+
+
+def test_run_tells_what_became_of_the_work(command: Any, fake: FakeBroker) -> None:
+    fake.commit_failure = FailedPrecondition("the mount is busy")
+    status, _, err = command("run", "--commit", "c", "--", "true")
+    assert status == FailedPrecondition.exit_status
+    assert err.endswith("busy; what the command made is discarded\n")
+    fake.commit_failure = AlreadyExists("snapshot 'c' exists")
+    fake.commit_failure.add_note("the work is kept in the active snapshot 'run-1'")
+    _, _, err = command("run", "--commit", "c", "--", "true")
+    assert err.endswith("; the work is kept in the active snapshot 'run-1'\n")
+    assert "discarded" not in err
 
 
 @pytest.mark.parametrize(
@@ -567,7 +628,7 @@ def test_run_discards_on_failure(command: Any, fake: FakeBroker, script: str, ex
     status, out, _ = command("--json", "run", "--commit", "c", "--", "sh", "-c", script)
     assert status == expected
     assert json.loads(out) == {"parent": "", "committed": None, "status": expected}
-    assert fake.calls[1] == ("discarded",)
+    assert fake.calls[2] == ("discarded",)
 
 
 def test_run_of_what_cannot_be_run(command: Any, fake: FakeBroker, tmp_path: Path) -> None:
@@ -619,7 +680,7 @@ def test_an_interrupted_run_is_discarded(tmp_path: Path, number: signal.Signals,
     process.send_signal(number)
     _, err = process.communicate()
     assert process.returncode == 128 + number
-    assert err.decode().splitlines()[-1] == "['workspace', 'discarded', 'close']"
+    assert err.decode().splitlines()[-1] == "['stat', 'workspace', 'discarded', 'close']"
 
 
 def test_the_keyboards_signal_reaches_the_command_once(tmp_path: Path) -> None:

@@ -737,7 +737,7 @@ def test_unmount_takes_off_the_topmost_mount_only(ground: Path, target: Path) ->
     mount.unmount(target)
     assert (target / "same").read_text() == "one"
     mount.unmount(target)
-    with pytest.raises(FailedPrecondition, match=r"is not a mount point$"):
+    with pytest.raises(FailedPrecondition, match=r"is not a mount point: name the directory"):
         mount.unmount(target)
 
 
@@ -804,6 +804,29 @@ def test_mounted_on_a_directory_given(source: Path, target: Path) -> None:
         assert (path / "file").exists()
     assert target.exists()
     assert not points_below(target)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("option", ["volatile", "fsync=volatile"])
+def test_mounted_is_never_volatile(ground: Path, option: str) -> None:
+    lower, upper, work = make(ground, "lower", "upper", "work")
+    for number in range(2):
+        with mount.mounted([overlay([lower], upper, work, option)]) as path:
+            (path / f"file-{number}").touch()
+    assert sorted(os.listdir(upper)) == ["file-0", "file-1", "same"]
+
+
+@pytest.mark.root
+def test_what_was_mounted_volatile_says_so_the_second_time(ground: Path, target: Path) -> None:
+    lower, upper, work = make(ground, "lower", "upper", "work")
+    mounts = [overlay([lower], upper, work, "volatile")]
+    mount.all(mounts, target)
+    mount.unmount(target)
+    for attempt in (lambda: mount.all(mounts, target), lambda: mount.mounted(mounts).__enter__()):
+        with pytest.raises(FailedPrecondition, match="mounted volatile before") as raised:
+            attempt()
+        assert f"{work}/work/incompat/volatile" in raised.value.message
+    assert not os.path.ismount(target)
 
 
 @pytest.mark.root

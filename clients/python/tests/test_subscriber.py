@@ -11,7 +11,7 @@ from snapbroker import protocol
 from snapbroker.contract import Event, topic
 from snapbroker.errors import Internal, InvalidArgument, OutOfRange, Unimplemented
 from snapbroker.protocol import EventsPage, Heartbeat
-from snapbroker.subscriber import Tracker, walk_again
+from snapbroker.subscriber import SILENCE_SECONDS, Tracker, walk_again
 
 SNAPSHOTTER = "overlayfs"
 TOPICS = [
@@ -40,10 +40,10 @@ class Journal:
         self.events.append(event)
         return list(protocol.event_frames(name, event.sequence, protocol.encode(event)))
 
-    def heartbeat(self, *, with_topics: bool) -> list[bytes]:
+    def heartbeat(self, *, with_topics: bool = True, time: int = 0) -> list[bytes]:
         newest = len(self.events)
         changed = {name: last for name, last in self.newest_of_topic.items() if last > self.beat}
-        beat = Heartbeat(sequence=newest, previous=self.beat, time=0, topics=changed if with_topics else None)
+        beat = Heartbeat(sequence=newest, previous=self.beat, time=time, topics=changed if with_topics else None)
         self.beat = newest
         return list(protocol.event_frames(protocol.heartbeat_topic(SNAPSHOTTER), newest, protocol.encode(beat)))
 
@@ -191,6 +191,37 @@ def test_after_a_lost_heartbeat_the_next_one_is_not_believed():
     journal.happen("other", "prepare")
     tracker.feed(journal.heartbeat(with_topics=True))
     assert tracker.behind
+
+
+def test_silence_is_three_intervals_of_the_heartbeat():
+    tracker, journal, second = live(), Journal(), 10**9
+    assert tracker.silence == SILENCE_SECONDS
+    told = []
+    for time in (100, 102, 104.5, 90, 90, 91, 91.001, 5000):
+        tracker.feed(journal.heartbeat(time=round(time * second)))
+        told.append(tracker.silence)
+    # A clock that was set back tells nothing, and no silence is shorter or longer than makes sense.
+    assert told == [SILENCE_SECONDS, 6, 7.5, 7.5, 7.5, 3, 1, 300]
+    assert Tracker(SNAPSHOTTER, "default", (), 0, silence=1e9).silence == 300
+
+
+def test_heartbeats_that_were_thrown_away_are_not_counted_as_an_interval():
+    tracker, journal, second = live(), Journal(), 10**9
+    tracker.feed(journal.heartbeat(time=second))
+    tracker.doubt()
+    tracker.feed(journal.heartbeat(time=2 * second))
+    tracker.page(EventsPage())
+    tracker.feed(journal.heartbeat(time=30 * second))
+    assert tracker.silence == SILENCE_SECONDS
+    tracker.feed(journal.heartbeat(time=31 * second))
+    assert tracker.silence == 3
+
+
+def test_the_journals_advice_is_not_said_twice():
+    refused = OutOfRange("sequence 9 has not happened: walk again", {"oldest": 2, "newest": 5})
+    message = walk_again(refused, live(since=9)).message
+    assert message.count("walk again") == 1
+    assert "which has 2 to 5" in message
 
 
 def test_a_journal_that_starts_again():

@@ -76,7 +76,7 @@ class _Connection:
         self.endpoint = endpoint
         self.timeout = timeout
         self.closed = False
-        self.context: zmq.Context[sockets.Socket] = zmq.Context()
+        self.sockets = sockets.Sockets(self, endpoint)
         self._loop = asyncio.get_running_loop()
         self._events_endpoint = events_endpoint
         self._connect_timeout = connect_timeout
@@ -91,9 +91,9 @@ class _Connection:
         self._calls = 0
         self._stray = 0
         try:
-            self._socket, self._monitor = sockets.dealer(self.context, endpoint)
+            self._socket, self._monitor = self.sockets.dealer(endpoint)
         except BaseException:
-            self.context.destroy(linger=0)
+            self.sockets.end()
             raise
         self._loop.add_reader(sockets.descriptor(self._socket), self._drain)
         self._loop.add_reader(sockets.descriptor(self._monitor), self._look)
@@ -303,8 +303,8 @@ class _Connection:
             self.unsubscribe(socket)
         self._loop.remove_reader(sockets.descriptor(self._socket))
         self._loop.remove_reader(sockets.descriptor(self._monitor))
-        sockets.close_dealer(self._socket, self._monitor)
-        self.context.destroy(linger=sockets.LINGER_MS)
+        self.sockets.close_dealer(self._socket, self._monitor)
+        self.sockets.end()
 
     async def run(self, exchange: Exchange) -> None:
         """Send a request of one caller, and wait for all its outcomes."""
@@ -331,7 +331,7 @@ class _Connection:
             status = await self.status(self.timeout)
             self._events_endpoint = endpoints.reachable_events_endpoint(status, self.endpoint)
         self.check_open()
-        socket = sockets.subscriber(self.context, self._events_endpoint, prefixes)
+        socket = self.sockets.subscriber(self._events_endpoint, prefixes)
         self._subscriptions.add(socket)
         return socket
 
@@ -339,7 +339,7 @@ class _Connection:
         """Close a socket of the publisher; who waits for it learns of it."""
         if not socket.closed:
             anyio.notify_closing(sockets.descriptor(socket))
-            socket.close()
+            self.sockets.close_subscriber(socket)
         self._subscriptions.discard(socket)
 
     def statistics(self) -> Statistics:
@@ -491,7 +491,13 @@ class Events:
     """
 
     def __init__(
-        self, view: _View, since: int | None, topics: Sequence[str], follow: bool, timeout: float | None
+        self,
+        view: _View,
+        since: int | None,
+        topics: Sequence[str],
+        follow: bool,
+        timeout: float | None,
+        silence: float,
     ) -> None:
         self._view = view
         self._connection = view.connection
@@ -499,6 +505,8 @@ class Events:
         self._topics = topics
         self._follow = follow
         self._timeout = timeout
+        self._silence = silence
+        self._heard = 0.0
         self._turn = 0
         self._ready: deque[Event] = deque()
         self._tracker: subscriber.Tracker | None = None
@@ -510,7 +518,7 @@ class Events:
         if self._tracker is not None:
             return self._tracker
         target, namespace, _ = await self._view.resolved()
-        tracker = subscriber.Tracker(target.decode(), namespace, self._topics, self._since or 0)
+        tracker = subscriber.Tracker(target.decode(), namespace, self._topics, self._since or 0, self._silence)
         if self._follow:
             self._socket = await self._connection.subscribe(tracker.subscriptions)
         if self._since is None:
@@ -518,6 +526,7 @@ class Events:
             walk = Walk(self._view, (), self._timeout, 1)
             tracker.begin_at(await walk.first())
             walk.close()
+        self._heard = time.monotonic()
         self._tracker = tracker
         return tracker
 
@@ -583,11 +592,16 @@ class Events:
     async def _receive(self, tracker: subscriber.Tracker, socket: sockets.Socket) -> Event | None:
         """The next published event if one comes; None after a message that is not it, and after silence."""
         with suppress(zmq.Again):
-            return tracker.feed(socket.recv_multipart(zmq.NOBLOCK))
-        with anyio.move_on_after(subscriber.SILENCE_SECONDS) as scope, suppress(anyio.ClosedResourceError):
+            frames = socket.recv_multipart(zmq.NOBLOCK)
+            self._heard = time.monotonic()
+            return tracker.feed(frames)
+        # Since the last message, and not since this call: a program may poll more often than the silence is long.
+        left = self._heard + tracker.silence - time.monotonic()
+        with anyio.move_on_after(max(0.0, left)) as scope, suppress(anyio.ClosedResourceError):
             await anyio.wait_readable(sockets.descriptor(socket))
         self._connection.check_open()
         if scope.cancelled_caught:
+            self._heard = time.monotonic()
             tracker.doubt()
         return None
 
@@ -764,13 +778,16 @@ class Broker:
         follow: bool = True,
         *,
         timeout: float | None = None,
+        silence: float = subscriber.SILENCE_SECONDS,
     ) -> Events:
         """The events above sequence `since` (None: from here on), on topics that begin with one of `topics`.
 
         Without topics those of this namespace. With `follow` the stream has no end, else it ends with the newest
-        event of the journal. `timeout`: how long a journal that does not answer is asked again.
+        event of the journal. `timeout`: how long a journal that does not answer is asked again. `silence`: after how
+        many seconds without any message the journal is asked whether something was missed, until two heartbeats
+        have told their interval; from then on three intervals.
         """
-        return Events(self._view, since, topics, follow, _checked(timeout))
+        return Events(self._view, since, topics, follow, _checked(timeout), session.seconds(silence))
 
     async def status(self, *, timeout: float | None = None) -> StatusAnswer:
         """How the broker and its snapshotters are."""
@@ -787,15 +804,19 @@ class Broker:
         key: str | None = None,
         labels: Mapping[str, str] | None = None,
         sync: bool = False,
+        *,
+        keep_uncommitted: bool = False,
     ) -> AbstractAsyncContextManager[Path]:
         """A mounted directory on top of `parent`: committed as `commit_as` at the end of the block, else discarded.
 
         An exception that leaves the block discards it as well. `key` is a random one where it is None.
+        `keep_uncommitted`: where the block did well and only the commit fails, the active snapshot `key` is kept,
+        and a note on the error says so.
         """
         # Only a program that mounts needs the mount helper.
         from snapbroker import workspace
 
-        return workspace.asynchronous(self, workspace.Plan.of(parent, commit_as, key, labels, sync))
+        return workspace.asynchronous(self, workspace.Plan.of(parent, commit_as, key, labels, sync, keep_uncommitted))
 
     def statistics(self) -> Statistics:
         """What the connection has done, and what it waits for."""

@@ -8,6 +8,7 @@ sockets than calls under way at once.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections import deque
@@ -46,7 +47,7 @@ class _Channel:
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection
         self._endpoint = connection.endpoint
-        self._socket, self._monitor = sockets.dealer(connection.context, connection.endpoint)
+        self._socket, self._monitor = connection.sockets.dealer(connection.endpoint)
         self._numbers = itertools.count(1)
         self._connected = False
         self._slice_ms = 0
@@ -135,7 +136,7 @@ class _Channel:
 
     def close(self) -> None:
         """Close the socket and its monitor."""
-        sockets.close_dealer(self._socket, self._monitor)
+        self._connection.sockets.close_dealer(self._socket, self._monitor)
 
 
 class _Connection:
@@ -145,12 +146,12 @@ class _Connection:
         self.endpoint = endpoint
         self.timeout = timeout
         self.connect_timeout = connect_timeout
-        self.context: zmq.Context[sockets.Socket] = zmq.Context()
+        self.sockets = sockets.Sockets(self, endpoint)
         self.closed = False
         self._events_endpoint = events_endpoint
         self._idle: deque[_Channel] = deque()
-        self._lock = threading.Lock()
-        self._open = 0
+        # The collector may strike inside of it, and have a forgotten walk or stream give its socket back.
+        self._lock = threading.RLock()
         try:
             self.give(self.take())
         except BrokerError:
@@ -173,13 +174,12 @@ class _Connection:
     def subscribe(self, prefixes: tuple[bytes, ...]) -> sockets.Socket:
         """A socket of the publisher, for the calling iterator alone, until `unsubscribe`."""
         endpoint = self.events_endpoint()
-        return self._opened(lambda: sockets.subscriber(self.context, endpoint, prefixes))
+        return self._opened(lambda: self.sockets.subscriber(endpoint, prefixes))
 
     def unsubscribe(self, socket: sockets.Socket) -> None:
         """Close a socket of the publisher."""
-        socket.close()
         with self._lock:
-            self._open -= 1
+            self.sockets.close_subscriber(socket)
         if self.closed:
             self._close_idle()
 
@@ -187,13 +187,11 @@ class _Connection:
         with self._lock:
             self.check_open()
             try:
-                made = make()
+                return make()
             except zmq.ZMQError as error:
                 raise ResourceExhausted(
                     f"no further socket to {self.endpoint}: {error}; make fewer calls at once"
                 ) from None
-            self._open += 1
-            return made
 
     def check_open(self) -> None:
         """Raise FailedPrecondition on a connection that was closed."""
@@ -253,9 +251,7 @@ class _Connection:
         with self._lock:
             while self._idle:
                 self._idle.pop().close()
-                self._open -= 1
-            if not self._open and not self.context.closed:
-                self.context.term()
+            self.sockets.end()
 
 
 def _milliseconds(seconds: float) -> int:
@@ -405,6 +401,7 @@ class Events:
         topics: Sequence[str],
         follow: bool,
         timeout: float,
+        silence: float,
     ) -> None:
         self._socket: sockets.Socket | None = None
         self._pages: _Pages[EventsPage] | None = None
@@ -413,7 +410,8 @@ class Events:
         self._namespace = namespace
         self._timeout = timeout
         self._ready: deque[Event] = deque()
-        self._tracker = subscriber.Tracker(target.decode(), namespace, topics, since or 0)
+        self._tracker = subscriber.Tracker(target.decode(), namespace, topics, since or 0, silence)
+        self._heard = time.monotonic()
         if follow:
             self._socket = connection.subscribe(self._tracker.subscriptions)
         if since is None:
@@ -475,12 +473,15 @@ class Events:
     def _receive(self, socket: sockets.Socket, deadline: float | None) -> Event | None:
         """The next published event if one comes; None after a message that is not it, and after silence."""
         with suppress(zmq.Again):
-            return self._tracker.feed(socket.recv_multipart(zmq.NOBLOCK))
+            frames = socket.recv_multipart(zmq.NOBLOCK)
+            self._heard = time.monotonic()
+            return self._tracker.feed(frames)
         self._connection.check_open()
-        patience = subscriber.SILENCE_SECONDS
-        if deadline is not None:
-            patience = min(patience, max(0.0, deadline - time.monotonic()))
-        if not socket.poll(round(patience * 1000)) and patience == subscriber.SILENCE_SECONDS:
+        # Since the last message, and not since this call: a program may poll more often than the silence is long.
+        silent_at = self._heard + self._tracker.silence
+        until = silent_at if deadline is None else min(silent_at, deadline)
+        if not socket.poll(math.ceil(max(0.0, until - time.monotonic()) * 1000)) and time.monotonic() >= silent_at:
+            self._heard = time.monotonic()
             self._tracker.doubt()
         return None
 
@@ -658,13 +659,17 @@ class Broker:
         follow: bool = True,
         *,
         timeout: float | None = None,
+        silence: float = subscriber.SILENCE_SECONDS,
     ) -> Events:
         """The events above sequence `since` (None: from here on), on topics that begin with one of `topics`.
 
         Without topics those of this namespace. With `follow` the stream has no end, else it ends with the newest
-        event of the journal. `timeout`: how long a journal that does not answer is asked again.
+        event of the journal. `timeout`: how long a journal that does not answer is asked again. `silence`: after how
+        many seconds without any message the journal is asked whether something was missed, until two heartbeats
+        have told their interval; from then on three intervals.
         """
-        return Events(self._connection, self._named(), self.namespace, since, topics, follow, self._seconds(timeout))
+        within, patience = self._seconds(timeout), session.seconds(silence)
+        return Events(self._connection, self._named(), self.namespace, since, topics, follow, within, patience)
 
     def status(self, *, timeout: float | None = None) -> StatusAnswer:
         """How the broker and its snapshotters are."""
@@ -681,15 +686,19 @@ class Broker:
         key: str | None = None,
         labels: Mapping[str, str] | None = None,
         sync: bool = False,
+        *,
+        keep_uncommitted: bool = False,
     ) -> AbstractContextManager[Path]:
         """A mounted directory on top of `parent`: committed as `commit_as` at the end of the block, else discarded.
 
         An exception that leaves the block discards it as well. `key` is a random one where it is None.
+        `keep_uncommitted`: where the block did well and only the commit fails, the active snapshot `key` is kept,
+        and a note on the error says so.
         """
         # Only a program that mounts needs the mount helper.
         from snapbroker import workspace
 
-        return workspace.blocking(self, workspace.Plan.of(parent, commit_as, key, labels, sync))
+        return workspace.blocking(self, workspace.Plan.of(parent, commit_as, key, labels, sync, keep_uncommitted))
 
     def close(self) -> None:
         """Close the connection, for every view of it."""

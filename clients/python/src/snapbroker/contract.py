@@ -119,7 +119,7 @@ def check_name(name: str, what: str = "key") -> None:
     """Raise InvalidArgument unless `name` is a legal key or name (D3)."""
     # len() counts characters, at most a quarter of the bytes: the encoding is only needed in between.
     if not name:
-        raise InvalidArgument(f"{what} must not be empty")
+        raise InvalidArgument(f"{what} must not be empty: give 1 to {NAME_BYTES_MAX} bytes")
     if "\0" in name:
         raise InvalidArgument(f"{what} must not contain a NUL")
     try:
@@ -127,7 +127,7 @@ def check_name(name: str, what: str = "key") -> None:
     except UnicodeEncodeError:
         raise InvalidArgument(f"{what} is not text: it holds a lone surrogate") from None
     if too_long:
-        raise InvalidArgument(f"{what} is longer than {NAME_BYTES_MAX} bytes: {name[:40]}...")
+        raise InvalidArgument(f"{what} is longer than {NAME_BYTES_MAX} bytes, choose a shorter one: {name[:40]}...")
 
 
 def check_labels(labels: Mapping[str, str]) -> None:
@@ -146,7 +146,7 @@ def check_labels(labels: Mapping[str, str]) -> None:
 def check_namespace(namespace: str) -> None:
     """Raise FailedPrecondition when it is missing, InvalidArgument when it is malformed (C70)."""
     if not namespace:
-        raise FailedPrecondition("namespace is required")
+        raise FailedPrecondition("namespace is required: name one, such as 'default'")
     if (
         len(namespace) > NAMESPACE_BYTES_MAX
         or namespace == "version"

@@ -162,7 +162,9 @@ def encode(calls: Sequence[Call], namespace: str, timeout: float, *, atomic: boo
 
 def encode_cancel(request_id: bytes, namespace: str, calls: tuple[int, ...] = ()) -> bytes:
     """The body that takes back the request `request_id`."""
-    return protocol.encode(protocol.Request(calls=(protocol.Cancel(request=request_id, calls=calls),), namespace=namespace))
+    return protocol.encode(
+        protocol.Request(calls=(protocol.Cancel(request=request_id, calls=calls),), namespace=namespace)
+    )
 
 
 def reply_frames(frames: Sequence[bytes]) -> tuple[bytes, bool, bytes] | None:

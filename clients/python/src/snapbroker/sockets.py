@@ -10,6 +10,9 @@ and no second report follows. So after a break nothing is sent until the monitor
 
 from __future__ import annotations
 
+import os
+import warnings
+import weakref
 from typing import Final
 
 import zmq
@@ -36,13 +39,88 @@ _FRAME_BYTES_MAX: Final = BODY_BYTES_MAX + 4096
 Socket = zmq.Socket[bytes]
 
 
+class Sockets:
+    """The context and the open sockets of one connection, `owner`: closed with it, at the latest when it is collected.
+
+    A context that becomes garbage together with its sockets ends the program's progress: the collector takes the
+    context's list of its sockets away first, so the context closes none of them and then waits for all, without
+    a limit, wherever in the program the collector has struck. So both are held here from outside of every cycle
+    that the owner is in, and are closed when the owner goes.
+
+    At the interpreter's exit nothing is closed: a daemon thread may be inside one of the sockets, and pyzmq
+    terminates no context then.
+    """
+
+    def __init__(self, owner: object, endpoint: str) -> None:
+        self.context: zmq.Context[Socket] = zmq.Context()
+        self.open: set[Socket] = set()
+        self._abandoned = weakref.finalize(owner, _close_abandoned, self.context, self.open, endpoint, os.getpid())
+        self._abandoned.atexit = False
+
+    def dealer(self, endpoint: str) -> tuple[Socket, Socket]:
+        """A DEALER connecting to the broker, and the monitor of its connection."""
+        pair = dealer(self.context, endpoint)
+        self.open.update(pair)
+        return pair
+
+    def close_dealer(self, socket: Socket, monitor: Socket) -> None:
+        """Close a DEALER and its monitor."""
+        # The collector may have closed them before the last of their users went.
+        if not socket.closed:
+            close_dealer(socket, monitor)
+        self.open.difference_update((socket, monitor))
+
+    def subscriber(self, endpoint: str, prefixes: tuple[bytes, ...]) -> Socket:
+        """A SUB connected to the broker's publisher, subscribed to `prefixes`."""
+        socket = subscriber(self.context, endpoint, prefixes)
+        self.open.add(socket)
+        return socket
+
+    def close_subscriber(self, socket: Socket) -> None:
+        """Close a SUB."""
+        socket.close()
+        self.open.discard(socket)
+
+    def end(self) -> None:
+        """Terminate the context once no socket is open; last messages have LINGER_MS to leave."""
+        if not self.open and self._abandoned.detach() is not None:
+            # Not only terminated: what could not be opened wholly may not have been collected yet.
+            self.context.destroy()
+
+
+def _close_abandoned(context: zmq.Context[Socket], opened: set[Socket], endpoint: str, pid: int) -> None:
+    """Close what nobody can close any more, at once: whoever is collecting must not wait for messages to leave."""
+    # After a fork the sockets are the parent's.
+    if os.getpid() != pid:
+        return
+    for socket in opened:
+        socket.close(linger=0)
+    opened.clear()
+    context.destroy(linger=0)
+    warnings.warn(f"a connection to {endpoint} was dropped and not closed", ResourceWarning, stacklevel=2)
+
+
 def dealer(context: zmq.Context[Socket], endpoint: str) -> tuple[Socket, Socket]:
     """A DEALER connecting to the broker, and the monitor of its connection."""
     socket = context.socket(zmq.DEALER)
-    socket.set(zmq.IMMEDIATE, 1)
-    # A ROUTER drops what does not fit a peer's queue. The queue is bounded by what this client asked for.
-    socket.set(zmq.RCVHWM, 0)
-    _common(socket, endpoint)
+    try:
+        socket.set(zmq.IMMEDIATE, 1)
+        # A ROUTER drops what does not fit a peer's queue. The queue is bounded by what this client asked for.
+        socket.set(zmq.RCVHWM, 0)
+        _common(socket, endpoint)
+        monitor = _monitor(context, socket)
+    except BaseException:
+        socket.close()
+        raise
+    try:
+        _connect(socket, endpoint)
+    except BaseException:
+        close_dealer(socket, monitor)
+        raise
+    return socket, monitor
+
+
+def _monitor(context: zmq.Context[Socket], socket: Socket) -> Socket:
     address = f"inproc://monitor-{id(socket)}"
     socket.monitor(address, zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
     monitor = context.socket(zmq.PAIR)
@@ -50,12 +128,7 @@ def dealer(context: zmq.Context[Socket], endpoint: str) -> tuple[Socket, Socket]
     monitor.set(zmq.RCVHWM, 0)
     monitor.set(zmq.LINGER, 0)
     monitor.connect(address)
-    try:
-        _connect(socket, endpoint)
-    except InvalidArgument:
-        close_dealer(socket, monitor)
-        raise
-    return socket, monitor
+    return monitor
 
 
 def close_dealer(socket: Socket, monitor: Socket) -> None:

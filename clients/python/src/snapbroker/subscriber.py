@@ -44,7 +44,15 @@ from snapbroker.protocol import Events as EventsCall
 from snapbroker.session import PAGES_AT_ONCE, texts
 
 SILENCE_SECONDS: Final = 5.0
-"""How long nothing may arrive, not even a heartbeat, before the journal is asked whether something was missed."""
+"""How long nothing may arrive, not even a heartbeat, before the journal is asked whether something was missed.
+
+So it is until two heartbeats have told their interval; from then on it is SILENCE_INTERVALS of those."""
+SILENCE_INTERVALS: Final = 3
+"""Intervals of the heartbeat without a message that are silence (RFC 2, 7.2)."""
+SILENCE_SECONDS_MIN: Final = 1.0
+"""Shortest silence that is believed in: a busy machine may be late by as much."""
+SILENCE_SECONDS_MAX: Final = 300.0
+"""Longest silence that is waited for: the broker's clock may have been set between two heartbeats."""
 RETRY_SECONDS: Final = 0.1
 """First pause before a journal that is unavailable is asked again."""
 RETRY_SECONDS_MAX: Final = 2.0
@@ -68,14 +76,19 @@ class Tracker:
     """The events of one snapshotter on the topics that begin with one of `topics`, above sequence `since`.
 
     `position`: every event asked for with a sequence up to it was yielded. `behind`: the journal has to be
-    asked for what is above `position`, and published messages are thrown away until it has answered.
+    asked for what is above `position`, and published messages are thrown away until it has answered. `silence`: how
+    many seconds nothing may arrive before that is to be doubted; learned from the heartbeats, once there were two.
     """
 
-    def __init__(self, snapshotter: str, namespace: str, topics: Sequence[str], since: int) -> None:
+    def __init__(
+        self, snapshotter: str, namespace: str, topics: Sequence[str], since: int, silence: float = SILENCE_SECONDS
+    ) -> None:
         self.snapshotter = snapshotter
         self.topics = _checked_topics(snapshotter, namespace, topics)
         self.position = since
         self.behind = True
+        self.silence = min(silence, SILENCE_SECONDS_MAX)
+        self._beat_time = 0
         self._events = 0
         self._duplicates = 0
         self._gaps = 0
@@ -115,6 +128,8 @@ class Tracker:
         publisher speaks another version.
         """
         if self.behind:
+            # A heartbeat may be among what is thrown away: the next is not one interval after the one before.
+            self._beat_time = 0
             return None
         if len(frames) != 4 or len(frames[2]) != 8:
             self._malformed += 1
@@ -157,6 +172,7 @@ class Tracker:
         return event
 
     def _feed_heartbeat(self, beat: Heartbeat) -> None:
+        self._learn_interval(beat.time)
         if beat.sequence == self.position:
             return
         if beat.sequence > self.position >= beat.previous and beat.topics is not None:
@@ -167,6 +183,13 @@ class Tracker:
                 self.position = beat.sequence
                 return
         self._miss()
+
+    def _learn_interval(self, time: int) -> None:
+        """Take the publisher's times, in nanoseconds: those of arrival say how often this program looks."""
+        before, self._beat_time = self._beat_time, time
+        if 0 < before < time:
+            silence = SILENCE_INTERVALS * (time - before) / 1e9
+            self.silence = min(max(silence, SILENCE_SECONDS_MIN), SILENCE_SECONDS_MAX)
 
     def _miss(self) -> None:
         self.behind = True
@@ -198,9 +221,15 @@ class Tracker:
 
 def walk_again(error: OutOfRange, tracker: Tracker) -> OutOfRange:
     """The journal's refusal, as it reaches the caller."""
+    oldest, newest = error.details.get("oldest"), error.details.get("newest")
+    # The journal's words are for whoever asks it directly, and end in advice of their own.
+    if isinstance(oldest, int) and isinstance(newest, int):
+        held = f", which has {oldest} to {newest}" if oldest <= newest else ", which is empty"
+    else:
+        held = f", which ends at {newest}" if isinstance(newest, int) else ""
     return OutOfRange(
-        f"the events of {tracker.snapshotter!r} above {tracker.position} are not in its journal ({error.message}): "
-        "walk again, and follow the events above the walk's sequence",
+        f"the events of {tracker.snapshotter!r} above {tracker.position} are not in its journal{held}: walk again, "
+        "and follow the events above the walk's sequence",
         {**error.details, "since": tracker.position},
     )
 

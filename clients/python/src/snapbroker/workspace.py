@@ -1,8 +1,8 @@
 """A prepared snapshot as a directory to work in: mounted on entering, committed or discarded on leaving.
 
 Whatever happens in the block, neither mount nor key nor directory stays behind; where the key cannot be removed,
-a note on the error says so. A key is only removed if this workspace has prepared it: after a prepare without a
-reply that is certain for a random key alone.
+a note on the error says so. Only with `keep_uncommitted` a key outlives a commit that fails. A key is only removed
+if this workspace has prepared it: after a prepare without a reply that is certain for a random key alone.
 """
 
 from __future__ import annotations
@@ -38,18 +38,36 @@ class Plan:
     random: bool
     labels: Mapping[str, str] | None
     sync: bool
+    keep_uncommitted: bool
 
     @classmethod
     def of(
-        cls, parent: str, commit_as: str | None, key: str | None, labels: Mapping[str, str] | None, sync: bool
+        cls,
+        parent: str,
+        commit_as: str | None,
+        key: str | None,
+        labels: Mapping[str, str] | None,
+        sync: bool,
+        keep_uncommitted: bool,
     ) -> Plan:
         """The plan, with a random key where none is given."""
-        return cls(parent, commit_as, key or f"workspace-{secrets.token_hex(8)}", not key, labels, sync)
+        chosen = key or f"workspace-{secrets.token_hex(8)}"
+        return cls(parent, commit_as, chosen, not key, labels, sync, keep_uncommitted)
 
     def may_exist_after(self, error: BaseException) -> bool:
         """Whether a prepare that ended so may have made the key, and nobody else can have."""
         refused = isinstance(error, BrokerError) and not isinstance(error, DeadlineExceeded | Unavailable)
         return self.random and not refused
+
+    def kept_after(self, error: BrokerError) -> bool:
+        """Whether the work outlives a commit that ended so; a note on the error says where it is."""
+        if self.keep_uncommitted:
+            where = f"in the active snapshot {self.key!r}"
+            if isinstance(error, DeadlineExceeded | Unavailable):
+                error.add_note(f"unless the commit took effect after all, the work is {where}: commit or remove that")
+            else:
+                error.add_note(f"the work is kept {where}: commit that under a free name, or remove it")
+        return self.keep_uncommitted
 
 
 @contextmanager
@@ -64,13 +82,18 @@ def blocking(broker: Broker, plan: Plan) -> Iterator[Path]:
     try:
         with mount.mounted(mounts) as path:
             yield path
-        if plan.commit_as is not None:
-            broker.commit(plan.commit_as, plan.key, labels=plan.labels, sync=plan.sync)
     except BaseException as error:
         _discard(broker, plan, error)
         raise
     if plan.commit_as is None:
         broker.remove(plan.key)
+        return
+    try:
+        broker.commit(plan.commit_as, plan.key, labels=plan.labels, sync=plan.sync)
+    except BaseException as error:
+        if not (isinstance(error, BrokerError) and plan.kept_after(error)):
+            _discard(broker, plan, error)
+        raise
 
 
 def _discard(broker: Broker, plan: Plan, reason: BaseException) -> None:
@@ -102,13 +125,18 @@ async def asynchronous(broker: aio.Broker, plan: Plan) -> AsyncIterator[Path]:
             raise
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(mounted.__exit__, None, None, None)
-        if plan.commit_as is not None:
-            await broker.commit(plan.commit_as, plan.key, labels=plan.labels, sync=plan.sync)
     except BaseException as error:
         await _discard_shielded(broker, plan, error)
         raise
     if plan.commit_as is None:
         await broker.remove(plan.key)
+        return
+    try:
+        await broker.commit(plan.commit_as, plan.key, labels=plan.labels, sync=plan.sync)
+    except BaseException as error:
+        if not (isinstance(error, BrokerError) and plan.kept_after(error)):
+            await _discard_shielded(broker, plan, error)
+        raise
 
 
 async def _discard_shielded(broker: aio.Broker, plan: Plan, reason: BaseException) -> None:

@@ -17,7 +17,7 @@ import threading
 import uuid
 from typing import TYPE_CHECKING, Any, Final
 
-from snapbroker.errors import BrokerError
+from snapbroker.errors import AlreadyExists, BrokerError, NotFound
 
 if TYPE_CHECKING:
     import argparse
@@ -44,7 +44,13 @@ class _Discard(BaseException):
 
 
 def run_in_workspace(broker: Broker, arguments: argparse.Namespace) -> int:
-    """The command's exit status, 128+n where it or this program was ended by signal n; raises BrokerError."""
+    """The command's exit status, 128+n where it or this program was ended by signal n; raises BrokerError.
+
+    A name to commit that is taken is refused before the command runs; where it is taken, or the broker lost, while
+    the command runs, the work is kept under its key.
+    """
+    if arguments.commit is not None:
+        _check_free(broker, arguments.commit)
     key = f"run-{uuid.uuid4().hex}"
     with _Signals() as signals:
         try:
@@ -54,6 +60,7 @@ def run_in_workspace(broker: Broker, arguments: argparse.Namespace) -> int:
                 key=key,
                 labels=dict(arguments.labels),
                 sync=arguments.sync,
+                keep_uncommitted=True,
             ) as path:
                 status = _execute(arguments.command, path, signals)
                 if status:
@@ -65,7 +72,18 @@ def run_in_workspace(broker: Broker, arguments: argparse.Namespace) -> int:
                 with contextlib.suppress(BrokerError):
                     broker.remove(key)
             return discarded.status
+        except BrokerError as error:
+            if signals.ran and not getattr(error, "__notes__", ()):
+                error.add_note("what the command made is discarded")
+            raise
     return 0
+
+
+def _check_free(broker: Broker, name: str) -> None:
+    """Raise AlreadyExists where the name is taken: hours of work are not begun to be refused at the end."""
+    with contextlib.suppress(NotFound):
+        broker.stat(name)
+        raise AlreadyExists(f"snapshot {name!r} exists already, the command was not run")
 
 
 def _execute(command: Sequence[str], path: Path, signals: _Signals) -> int:

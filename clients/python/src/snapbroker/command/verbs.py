@@ -268,7 +268,8 @@ def _events(broker: Broker, arguments: argparse.Namespace, output: Output) -> in
 def _show_events(broker: Broker, since: int | None, arguments: argparse.Namespace, output: Output) -> None:
     for event in broker.events(since=since, topics=tuple(arguments.topics), follow=arguments.follow):
         if output.as_json:
-            output.document({**msgspec.structs.asdict(event), "topic": event.topic})
+            about = None if event.info is None else _described(event.info)
+            output.document({**msgspec.structs.asdict(event), "info": about, "topic": event.topic})
         else:
             output.line(_told(event))
 

@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from snapbroker.errors import BrokerError, FailedPrecondition, Internal, NotFound, PermissionDenied
 from snapbroker.mount import classic, detached, system, table
 from snapbroker.mount.kernel import Kernel, Layers, running
@@ -37,6 +39,8 @@ __all__ = ["all", "mounted", "unmount"]
 
 BUSY_SECONDS: Final = 0.5
 """How long an unmount waits for the users of a mount to go."""
+
+_VOLATILE: Final = ("volatile", "fsync=volatile")
 
 Target = str | os.PathLike[str]
 
@@ -124,13 +128,25 @@ def _blaming(plan: Plan, root: str) -> Iterator[None]:
         yield
     except OSError as error:
         point = "/".join([root.rstrip("/"), *plan.target]) or "/"
-        raise _explained(error, f"cannot mount {plan.type} of {plan.source} on {point}", point) from error
+        what = f"cannot mount {plan.type} of {plan.source} on {point}"
+        raise _explained(error, what, point, _volatile_before(plan)) from error
 
 
-def _explained(error: OSError, what: str, point: str) -> BrokerError:
+def _volatile_before(plan: Plan) -> str:
+    """The advice for an upper directory that was mounted volatile once: the kernel refuses it a second time (C119)."""
+    mark = f"{plan.work}/work/incompat/volatile"
+    if not plan.work or not os.path.lexists(mark):
+        return ""
+    return (
+        f"; {plan.upper} was mounted volatile before, and what was written then may be incomplete: discard the "
+        f"snapshot, or remove {mark} if the machine has not crashed since"
+    )
+
+
+def _explained(error: OSError, what: str, point: str, advice: str = "") -> BrokerError:
     log = [line for line in getattr(error, "log", ()) if line]
     place = "" if error.filename in (None, point) else f" ({_shortened(str(error.filename))})"
-    message = f"{what}: {error.strerror}{place}" + "".join(f"; {line}" for line in log)
+    message = f"{what}: {error.strerror}{place}" + "".join(f"; {line}" for line in log) + advice
     details = {"errno": errno.errorcode.get(error.errno or 0, "?"), "target": point, "log": log}
     if error.errno in (errno.EPERM, errno.EACCES):
         return PermissionDenied(f"{message}; mounting needs root (CAP_SYS_ADMIN)", details)
@@ -180,7 +196,10 @@ def _unmount_below(path: str, recursive: bool, flags: int) -> None:
     """Unmount what lies below a directory that is no mount."""
     entries = table.on_top_of(path)
     if not entries:
-        raise FailedPrecondition(f"{path} is not a mount point", {"target": path})
+        raise FailedPrecondition(
+            f"{path} is not a mount point: name the directory that something was mounted on (findmnt lists them)",
+            {"target": path},
+        )
     if not recursive:
         raise FailedPrecondition(
             f"{path} is not a mount point, but {len(entries)} lie below it: unmount those, or recursively",
@@ -224,19 +243,27 @@ def mounted(mounts: Iterable[Mount], target: Target | None = None, *, kernel: Ke
     """The mounts for the length of a block, on `target` or a temporary directory; the block gets its path.
 
     Nothing stays mounted after it. If a process still uses a mount when the block ends well, the mount is
-    detached lazily and FailedPrecondition says so, because that process may go on writing.
+    detached lazily and FailedPrecondition says so, because that process may go on writing. An overlay is never
+    mounted volatile here, whatever its options say: what is mounted so cannot be mounted again (C119).
     """
     with contextlib.ExitStack() as stack:
         if target is None:
             target = tempfile.mkdtemp(prefix="snapbroker-")
             stack.callback(os.rmdir, target)
-        made = _all(mounts, target, kernel or running())
+        made = _all(map(_lasting, mounts), target, kernel or running())
         try:
             yield Path(os.path.realpath(target))
         except BaseException:
             _take_back(made)
             raise
         _put_down(made)
+
+
+def _lasting(mount: Mount) -> Mount:
+    if mount.type != "overlay":
+        return mount
+    options = tuple(option for option in mount.options if option not in _VOLATILE)
+    return msgspec.structs.replace(mount, options=options)
 
 
 def _put_down(made: list[str]) -> None:
