@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
+
 import snapbroker
+from benchmarks import scratch, services
 from snapbroker.errors import BrokerError
 from snapbroker.protocol import ActorStatus
-
-from benchmarks import scratch, services
 
 NAMESPACE = "bench"
 START_SECONDS = 30.0

@@ -7,9 +7,6 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from snapbroker.contract import Info, Kind
-from snapbroker.errors import InvalidArgument
-from snapbroker.protocol import FILTER_BYTES_MAX, FILTERS_MAX
 
 from broker.filters import (
     EXPRESSION_MEMORY_BYTES,
@@ -19,6 +16,9 @@ from broker.filters import (
     compile_filters,
     parse_filter,
 )
+from snapbroker.contract import Info, Kind
+from snapbroker.errors import InvalidArgument
+from snapbroker.protocol import FILTER_BYTES_MAX, FILTERS_MAX
 
 # One letter for each snapshot, so that a row of the table shows at a glance which of them match.
 SNAPSHOTS = {

@@ -17,7 +17,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import snapbroker.aio
-
 from benchmarks.callers import measured, subscribers
 
 Call = Callable[[int], Awaitable[object]]

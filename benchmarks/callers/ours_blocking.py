@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 import snapbroker
-
 from benchmarks.callers import measured
 from benchmarks.callers.peer_blocking import WARMUP_SECONDS
 

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 import snapbroker.mount
-from snapbroker.contract import Mount
-
 from benchmarks import scratch
 from benchmarks.bench import BASE, Bench
 from benchmarks.figures import Figure, Target, callers, compare
 from benchmarks.services import OURS, PEER, Sample, Service, load
+from snapbroker.contract import Mount
 
 CALLERS = 64
 FILL_CALLERS = {OURS: 1024, PEER: 16}

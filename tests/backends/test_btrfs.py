@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from snapbroker.contract import Kind, Usage
-from snapbroker.errors import Cancelled, FailedPrecondition
 
 from backends import btrfs_ioctl, btrfs_sweeper, syscalls
 from backends.api import Snapshot, Support, Task
 from backends.btrfs import ACTIVE, COMMITTED, EMPTY, SETTLED, Btrfs, BtrfsOptions
 from backends.testsuite import MEBIBYTE, BackendSuite, Look, commit, contents, create, empty_trash, mode
+from snapbroker.contract import Kind, Usage
+from snapbroker.errors import Cancelled, FailedPrecondition
 from tests.backends.conftest import MKFS, loop_mounted, run
 
 pytestmark = pytest.mark.root

@@ -9,11 +9,11 @@ import subprocess
 import threading
 
 import pytest
-from snapbroker.errors import Cancelled
 
 from backends import btrfs_ioctl, copying, syscalls
 from backends.api import Task
 from backends.copying import BATCH_FILES, CHUNK_BYTES, copy_tree
+from snapbroker.errors import Cancelled
 
 pytestmark = pytest.mark.root
 

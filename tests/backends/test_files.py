@@ -9,8 +9,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from snapbroker.contract import Usage
-from snapbroker.errors import Cancelled
 
 from backends import files, syscalls
 from backends.api import Task
@@ -24,6 +22,8 @@ from backends.files import (
     usage,
     usage_over,
 )
+from snapbroker.contract import Usage
+from snapbroker.errors import Cancelled
 
 REPOSITORY = Path(__file__).parents[2]
 DEPTH = 3000

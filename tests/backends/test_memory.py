@@ -1,9 +1,9 @@
 import pytest
-from snapbroker.contract import Kind
 
 from backends.api import Pooled, Snapshot, Task
 from backends.memory import Memory
 from backends.testsuite import Bookkeeping
+from snapbroker.contract import Kind
 
 
 class TestMemory(Bookkeeping):

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from snapbroker.contract import Kind, Usage
-from snapbroker.errors import Cancelled, FailedPrecondition
 
 from backends import syscalls
 from backends.api import Snapshot, Task
 from backends.copying import BATCH_FILES
 from backends.native import Native, NativeOptions
 from backends.testsuite import MEBIBYTE, BackendSuite, Look, commit, contents, create, empty_trash, mode
+from snapbroker.contract import Kind, Usage
+from snapbroker.errors import Cancelled, FailedPrecondition
 
 pytestmark = pytest.mark.root
 

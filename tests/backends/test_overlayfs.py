@@ -8,13 +8,13 @@ import threading
 from pathlib import Path
 
 import pytest
-from snapbroker.contract import GIDMAPPING_LABEL, UIDMAPPING_LABEL, UPPERDIR_LABEL, Kind, Mount
-from snapbroker.errors import FailedPrecondition, InvalidArgument
 
 from backends import overlayfs, overlayfs_probe, syscalls
 from backends.api import ONLY_REMAP_IDS, REBASE, REMAP_IDS, Pooled, Snapshot, Task
 from backends.overlayfs import LAYERS_MAX, Overlayfs, OverlayfsOptions, host_root
 from backends.testsuite import BackendSuite, Look, commit, contents, create, empty_trash, mode
+from snapbroker.contract import GIDMAPPING_LABEL, UIDMAPPING_LABEL, UPPERDIR_LABEL, Kind, Mount
+from snapbroker.errors import FailedPrecondition, InvalidArgument
 
 pytestmark = pytest.mark.root
 

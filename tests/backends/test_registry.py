@@ -1,11 +1,11 @@
 from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
-from snapbroker.errors import FailedPrecondition, NotFound
 
 from backends import registry
 from backends.memory import Memory, MemoryOptions
 from backends.overlayfs import Overlayfs
+from snapbroker.errors import FailedPrecondition, NotFound
 
 
 class Incomplete:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import zmq
+
 from snapbroker import protocol
 from snapbroker.contract import Event, Info, Kind, Mount, Usage, topic
 from snapbroker.errors import (

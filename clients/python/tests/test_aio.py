@@ -13,9 +13,10 @@ import anyio
 import anyio.to_thread
 import fake_broker
 import pytest
-import snapbroker
 import zmq
 from fake_broker import FakeBroker, Received
+
+import snapbroker
 from snapbroker import protocol, sockets, subscriber
 from snapbroker.aio import Broker
 from snapbroker.contract import Event, Info, Kind, Usage

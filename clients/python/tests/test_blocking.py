@@ -13,8 +13,9 @@ from typing import Any
 
 import fake_broker
 import pytest
-import snapbroker
 from fake_broker import FakeBroker, Received
+
+import snapbroker
 from snapbroker import protocol, sockets, subscriber
 from snapbroker.blocking import Broker
 from snapbroker.contract import Event, Info, Kind, Usage

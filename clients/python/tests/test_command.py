@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
+
 import snapbroker
 from snapbroker import endpoints
 from snapbroker.command import main, words

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from snapbroker import contract, protocol
 from snapbroker.contract import (
     LABEL_BYTES_MAX,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from fake_broker import FakeBroker
+
 from snapbroker.contract import Info, Kind
 
 LIMIT_SECONDS = 20

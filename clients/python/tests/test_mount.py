@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
 from snapbroker import mount
 from snapbroker.contract import Mount
 from snapbroker.errors import (

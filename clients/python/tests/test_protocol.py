@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+
 from snapbroker import protocol
 from snapbroker.contract import Event, Info, Kind
 from snapbroker.errors import ERRORS, BrokerError, Internal, InvalidArgument, NotFound, Unimplemented

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from snapbroker import endpoints, protocol, session
 from snapbroker.contract import Info, Kind
 from snapbroker.errors import (

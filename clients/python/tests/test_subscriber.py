@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from snapbroker import protocol
 from snapbroker.contract import Event, topic
 from snapbroker.errors import Internal, InvalidArgument, OutOfRange, Unimplemented

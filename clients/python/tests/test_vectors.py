@@ -10,6 +10,7 @@ import jsonschema
 import msgspec
 import pytest
 from referencing import Registry, Resource
+
 from snapbroker import contract, protocol
 from snapbroker.errors import ERRORS, BrokerError
 

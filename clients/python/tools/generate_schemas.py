@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from generated import ROOT, write_or_check
+
 from snapbroker import contract, protocol
 
 if TYPE_CHECKING:

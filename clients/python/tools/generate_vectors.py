@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from generated import ROOT, write_or_check
+
 from snapbroker import protocol
 from snapbroker.contract import (
     LABEL_BYTES_MAX,

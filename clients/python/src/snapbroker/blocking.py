@@ -102,7 +102,9 @@ class _Channel:
     def _next_frames(self, pursuit: Pursuit, started: float) -> list[bytes]:
         """The next message: one receive as a rule; the connection is looked at when nothing came for a while."""
         timeout = pursuit.timeout
-        self._receive_within(_SLICE_MS if timeout >= _SLICE_SECONDS else _milliseconds(timeout))
+        # Parts that keep coming, such as progress, must not put off the end.
+        left = started + timeout - time.monotonic()
+        self._receive_within(_SLICE_MS if left >= _SLICE_SECONDS else _milliseconds(max(left, 0)))
         try:
             return self._socket.recv_multipart()
         except zmq.Again:
