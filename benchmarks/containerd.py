@@ -59,7 +59,7 @@ class Containerd:
 
     @contextlib.contextmanager
     def start(self, backend: str, place: Path) -> Iterator[services.Service]:
-        """Run containerd with everything under `place`; with btrfs its main database is on the ordinary disk, as usual."""
+        """Run containerd with everything under `place`; with btrfs its main database is on the disk, as usual."""
         with contextlib.ExitStack() as stack:
             home = stack.enter_context(scratch.directory("snapbroker-bench-containerd"))
             socket = home / "containerd.sock"
