@@ -157,9 +157,9 @@ def refused_as_stopping(wire: Wire) -> bool:
 
 
 def test_a_stop_does_not_wait_for_work_that_does_not_listen(
-    start_daemon: StartDaemon, plugins: dict[str, str], tmp_path: Path
+    unstarted_daemon: StartDaemon, plugins: dict[str, str], tmp_path: Path
 ) -> None:
-    daemon = start_daemon({"gated": gated(tmp_path)}, environment=plugins)
+    daemon = unstarted_daemon({"gated": gated(tmp_path)}, environment=plugins).start()
     with daemon.wire("gated") as wire:
         number = begin_prepare(wire, tmp_path, "deaf", deaf="yes")
         end(daemon, signal.SIGTERM)
@@ -170,6 +170,7 @@ def test_a_stop_does_not_wait_for_work_that_does_not_listen(
     daemon.start()
     with daemon.client("gated") as broker, pytest.raises(NotFound):
         broker.stat("deaf")
+    end(daemon, signal.SIGTERM)
 
 
 def test_a_stop_ends_those_who_follow(start_daemon: StartDaemon) -> None:
@@ -209,9 +210,9 @@ def test_a_stop_does_not_wait_for_an_actor_that_is_starting(
     assert stopped_within(daemon) < QUICK_S
 
 
-def test_a_stop_with_an_actor_that_does_not_answer(start_daemon: StartDaemon) -> None:
+def test_a_stop_with_an_actor_that_does_not_answer(unstarted_daemon: StartDaemon) -> None:
     sections = {"memory": {"backend": "memory"}, "other": {"backend": "memory"}}
-    daemon = start_daemon(sections, supervisor={"stop_timeout_ms": 1000})
+    daemon = unstarted_daemon(sections, supervisor={"stop_timeout_ms": 1000}).start()
     with daemon.client("other") as broker:
         broker.prepare("kept")
     with support.paused(daemon, "memory"):
@@ -219,6 +220,7 @@ def test_a_stop_with_an_actor_that_does_not_answer(start_daemon: StartDaemon) ->
     daemon.start()
     with daemon.client("other") as broker:
         broker.stat("kept")
+    end(daemon, signal.SIGTERM)
 
 
 # The service manager.
