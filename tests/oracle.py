@@ -135,9 +135,10 @@ class Oracle:
         return (parent, *found.chain)
 
     def _refuse_what_is_there(self, target: str, parent: str) -> None:
+        """By its name whatever it is (C93), by its label where it is a layer on this parent (C94)."""
         for name, snapshot in self.snapshots.items():
-            has = name == target or snapshot.labels.get(SNAPSHOT_REF_LABEL) == target
-            if has and snapshot.kind is Kind.COMMITTED and snapshot.parent == parent:
+            layer = snapshot.kind is Kind.COMMITTED and snapshot.parent == parent
+            if name == target or (layer and snapshot.labels.get(SNAPSHOT_REF_LABEL) == target):
                 raise Refused("already_exists")
 
     def _commit(self, call: Commit) -> None:

@@ -783,6 +783,16 @@ class TestReferences:
             self.ask(broker, "job", "sha256:1")
         assert raised.value.details == {"name": "two"}
 
+    def test_a_name_is_taken_by_any_kind(self, broker: Broker) -> None:
+        """C93: whatever has the name, the layer cannot be made under it."""
+        committed(broker, "base")
+        committed(broker, "layer on base", "base")
+        broker.prepare("active")
+        broker.view("view")
+        for target in ("active", "view", "layer on base"):
+            with pytest.raises(AlreadyExists, match="target snapshot"):
+                self.ask(broker, "job", target)
+
     def test_an_active_snapshot_is_no_answer(self, broker: Broker) -> None:
         self.ask(broker, "job", "sha256:1")
         assert self.ask(broker, "again", "sha256:1")

@@ -1,6 +1,7 @@
 """Calls nobody planned, one after the other: every answer and every event must be the oracle's.
 
-A run is made of one integer, printed when it fails: `SNAPBROKER_SEED=<it>` in the environment repeats it.
+A run is made of one integer, printed when it fails: `SNAPBROKER_SEED=<it>` in the environment repeats it, and looks
+for the shortest conversation that fails too, which may take minutes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, seed, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
@@ -298,7 +299,9 @@ def talkative() -> Iterator[Daemon]:
 
 def converse(daemon: Daemon, snapshotter: str, examples: int, steps: int) -> None:
     """Run the machine against one snapshotter."""
-    number = int(os.environ.get("SNAPBROKER_SEED") or random.SystemRandom().getrandbits(32))
+    given = os.environ.get("SNAPBROKER_SEED")
+    number = int(given) if given else random.SystemRandom().getrandbits(32)
+    phases = [Phase.generate, Phase.shrink] if given else [Phase.generate]
     machine = type(
         "Machine",
         (Conversation,),
@@ -318,6 +321,8 @@ def converse(daemon: Daemon, snapshotter: str, examples: int, steps: int) -> Non
                 stateful_step_count=steps,
                 deadline=None,
                 database=None,
+                phases=phases,
+                report_multiple_bugs=False,
                 suppress_health_check=[HealthCheck.too_slow],
             ),
         )
