@@ -23,7 +23,8 @@ from benchmarks import demo
 
 ROOT: Final = Path(__file__).parent.parent
 DEMO: Final = ROOT / "benchmarks" / "demo.py"
-DEMO_S: Final = 110
+pytestmark = pytest.mark.timeout(300)
+DEMO_S: Final = 240
 """How long the demo may take with few clones, on a busy machine."""
 GONE_S: Final = 15
 """How long what was made may outlive the demo when that was killed."""
@@ -185,7 +186,7 @@ def test_interrupted_it_cleans_up(place: Path, words: str, number: signal.Signal
         family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(number)
         process.send_signal(signal.SIGINT)
-        _, complaint = process.communicate(timeout=60)
+        _, complaint = process.communicate(timeout=DEMO_S)
     finally:
         process.kill()
         process.wait()

@@ -661,7 +661,9 @@ sys.exit(status)
 
 def started(path: Path, *line: str, **options: Any) -> Any:
     """The command with the fake broker in a process of its own, its calls on stderr at the end."""
-    script = IN_PROCESS.format(tests=str(Path(__file__).parent), path=str(path), line=list(line))
+    # Tests run under nohup ignore the hang-up, and so would what they start.
+    script = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+    script += IN_PROCESS.format(tests=str(Path(__file__).parent), path=str(path), line=list(line))
     return subprocess.Popen([sys.executable, "-c", script], **options)
 
 
