@@ -8,6 +8,6 @@ settings.register_profile("default", deadline=None, derandomize=True, suppress_h
 settings.register_profile("fuzz", deadline=None, max_examples=20_000, suppress_health_check=list(HealthCheck))
 settings.load_profile("default")
 
-# Run in the background, or under nohup, a test run ignores these, and with it whatever it starts and wants to interrupt.
+# In the background, or under nohup, a test run ignores these, and so does whatever it starts and wants to interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
