@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
@@ -217,8 +217,6 @@ class Copying(Protocol):
 
 BackendType = type[Backend]
 """What the entry points of group `snapbroker.backends` name."""
-
-OpenBackend = Callable[[Path, Any], Backend]
 
 
 def fsync_directory(path: str | os.PathLike[str], dir_fd: int | None = None) -> None:

@@ -9,6 +9,7 @@ is something to do and let go when there was nothing for a while.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import struct
@@ -297,35 +298,33 @@ def main() -> None:
     except (OSError, BrokerError) as error:
         sys.exit(f"a helper process of {place.root} cannot start: {error}")
     while (body := read(sys.stdin.buffer)) is not None:
-        job = _decode_job(body)
-        if job.build is not None:
-            answer = build(backend, job.build)
-        else:
-            answer = stock(backend, job.stock) if job.stock else delete(backend, job.delete)
+        answer = serve(backend, _decode_job(body))
         answer.done = True
         write(sys.stdout.buffer, answer)
 
 
-def stock(backend: Any, ids: list[int]) -> Answer:
-    """Stock directories; the errors travel."""
+def serve(backend: Any, job: Job) -> Answer:
+    """Do one job; the errors travel."""
     try:
-        backend.stock(ids, Task())
+        if job.build is not None:
+            return build(backend, job.build)
+        return stock(backend, job.stock) if job.stock else delete(backend, job.delete)
     except OSError as error:
-        return Answer(errno=error.errno or 5, path=str(error.filename or ""))
+        return Answer(errno=error.errno or errno.EIO, path=str(error.filename or ""))
     except BrokerError as error:
         return Answer(error=fault(error))
+
+
+def stock(backend: Any, ids: list[int]) -> Answer:
+    """Stock directories."""
+    backend.stock(ids, Task())
     return Answer(entries=len(ids))
 
 
 def build(backend: Any, wanted: Wanted) -> Answer:
-    """Build a snapshot; the errors travel."""
+    """Build a snapshot."""
     task = Telling()
-    try:
-        backend.build(Snapshot(wanted.id, wanted.kind, wanted.parents, wanted.labels), task)
-    except OSError as error:
-        return Answer(errno=error.errno or 5, path=str(error.filename or ""))
-    except BrokerError as error:
-        return Answer(error=fault(error))
+    backend.build(Snapshot(wanted.id, wanted.kind, wanted.parents, wanted.labels), task)
     return task.untold()
 
 

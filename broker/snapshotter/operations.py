@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from backends.api import Snapshot, Task
 from snapbroker.contract import Usage
@@ -21,10 +21,6 @@ class Requester(Protocol):
 
     def settle(self, index: int, result: Result) -> None:
         """Take the outcome of call number `index`."""
-        ...
-
-    def progressed(self, index: int, task: Task) -> None:
-        """Take the progress of call number `index`."""
         ...
 
 
@@ -97,4 +93,3 @@ class Delivery:
 
     results: list[tuple[Operation, list[Result]]]
     events: list[tuple[str, int, bytes]]
-    later: list[Any] = field(default_factory=list)
