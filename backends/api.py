@@ -70,6 +70,25 @@ class Task:
             raise Cancelled("the call was taken back")
 
 
+class TooMany(Exception):
+    """There is more than a glance takes in."""
+
+
+class Glance(Task):
+    """A task for what is done at once or not at all: it ends with TooMany beyond `ENTRIES_MAX` entries."""
+
+    __slots__ = ()
+
+    ENTRIES_MAX: ClassVar[int] = 32
+    """What is measured in less time than it takes to hand it to another thread."""
+
+    def advance(self, entries: int = 1, size: int = 0) -> None:
+        """Count."""
+        super().advance(entries, size)
+        if self.entries > self.ENTRIES_MAX:
+            raise TooMany
+
+
 @dataclass(frozen=True, slots=True)
 class Support:
     """What `probe` found: `missing` says, one line each, why the backend cannot work here; `notes` what it can."""

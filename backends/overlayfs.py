@@ -23,7 +23,7 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
-from backends.api import ONLY_REMAP_IDS, REBASE, REMAP_IDS, Options, Snapshot, Support, Task
+from backends.api import ONLY_REMAP_IDS, REBASE, REMAP_IDS, Glance, Options, Snapshot, Support, Task, TooMany
 from backends.files import DirectorySync, FilesystemSync, Shelf, SyncStatistics, remove_tree, usage
 from backends.overlayfs_probe import Features, examine
 from snapbroker.contract import GIDMAPPING_LABEL, UIDMAPPING_LABEL, UPPERDIR_LABEL, Kind, Mount, Usage
@@ -37,8 +37,6 @@ LAYERS_MAX: Final = 500
 """Most lower layers of one mount: the kernel's limit ("too many lower directories, limit is 500")."""
 LOWERS_CACHED_BYTES_MAX: Final = 8 << 20
 """Memory for ready `lowerdir=` strings: 500 layers take about 35 kB, ten take 700 bytes."""
-GLANCE_MAX: Final = 32
-"""Entries measured between two calls, about a tenth of a millisecond."""
 OWNERS_CACHED_MAX: Final = 16384
 """Owners of parents' directories that are remembered, about 2 MB."""
 
@@ -159,10 +157,10 @@ class Overlayfs:
         return usage(f"{snapshot.id}/fs", task, self._shelf.snapshots_fd)
 
     def glance(self, snapshot: Snapshot) -> Usage | None:
-        """The usage of a snapshot of up to 32 entries: measuring it takes less than handing it to a worker."""
+        """The usage of a snapshot of a few entries."""
         try:
-            return self.usage(snapshot, _Glance())
-        except (_TooMany, OSError):
+            return self.usage(snapshot, Glance())
+        except (TooMany, OSError):
             return None
 
     def commit(self, snapshot: Snapshot, sync: bool, task: Task) -> Usage:
@@ -280,22 +278,6 @@ class Overlayfs:
                 host_root(mapping)
                 options.append(f"{name}={mapping}")
         return tuple(options)
-
-
-class _TooMany(Exception):
-    """There is more than a glance takes in."""
-
-
-class _Glance(Task):
-    """A task that ends after a few entries."""
-
-    __slots__ = ()
-
-    def advance(self, entries: int = 1, size: int = 0) -> None:
-        """Count; raise _TooMany beyond the limit."""
-        self.entries += entries
-        if self.entries > GLANCE_MAX:
-            raise _TooMany
 
 
 class _Lowers:

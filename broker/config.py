@@ -102,11 +102,6 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return Path(self.runtime or default_runtime())
 
     @property
-    def actors_socket(self) -> Path:
-        """The socket between the broker and its actors, in a directory of its own that nobody else may enter."""
-        return self.runtime_path / "actors" / "router.sock"
-
-    @property
     def router_endpoint(self) -> str:
         """The router's endpoint."""
         return self.endpoint or f"ipc://{self.runtime_path}/router.sock"
@@ -214,17 +209,14 @@ def _check_endpoints(config: Config, source: str) -> None:
         raise InvalidArgument(
             f"{source}: events_endpoint: {config.publisher_endpoint!r} is the router's endpoint already"
         )
-    if len(os.fsencode(config.actors_socket)) > IPC_PATH_BYTES_MAX:
-        raise InvalidArgument(
-            f"{source}: runtime: {config.actors_socket} has over {IPC_PATH_BYTES_MAX} bytes: choose a shorter runtime"
-        )
     for key, endpoint in (("endpoint", config.router_endpoint), ("events_endpoint", config.publisher_endpoint)):
         scheme, _, address = endpoint.partition("://")
         if scheme not in ("ipc", "tcp") or not address:
             raise InvalidArgument(f"{source}: {key}: {endpoint!r} is not ipc://PATH or tcp://ADDRESS:PORT")
         if scheme == "ipc" and len(os.fsencode(address)) > IPC_PATH_BYTES_MAX:
+            where = key if getattr(config, key) else "runtime"
             raise InvalidArgument(
-                f"{source}: {key}: the socket's path has over {IPC_PATH_BYTES_MAX} bytes: choose a shorter runtime"
+                f"{source}: {where}: {address} has over {IPC_PATH_BYTES_MAX} bytes: choose a shorter path"
             )
         if scheme == "tcp":
             host, _, port = address.rpartition(":")

@@ -85,13 +85,12 @@ class Lane:
 
 
 class Router:
-    """The two ROUTER sockets: clients in front, actors at the back."""
+    """The ROUTER socket of the clients, and the lines of the actors."""
 
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         endpoint: str,
-        back_endpoint: str,
         limits: Limits,
         own: Callable[[bytes], bytes],
         publish: Callable[[str, dict[str, int], Sequence[bytes]], None],
@@ -100,7 +99,6 @@ class Router:
         self._own = own
         self._publish = publish
         self._lanes: dict[bytes, Lane] = {}
-        self._lanes_by_identity: dict[bytes, Lane] = {}
         self._dropped = 0
         self._stopping = False
         front = context.socket(zmq.ROUTER)
@@ -110,13 +108,7 @@ class Router:
         front.setsockopt(zmq.MAXMSGSIZE, BODY_BYTES_MAX + 1)
         front.bind(endpoint)
         self.endpoint = front.getsockopt_string(zmq.LAST_ENDPOINT)
-        back = context.socket(zmq.ROUTER)
-        back.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        back.setsockopt(zmq.SNDHWM, 0)
-        back.setsockopt(zmq.RCVHWM, 0)
-        back.bind(back_endpoint)
         self.front = Port(front, self._from_client)
-        self.back = Port(back, self._from_actor)
 
     def add(self, actor: Actor) -> None:
         """Serve an actor's name."""
@@ -167,15 +159,8 @@ class Router:
                 {"retry_after_ms": lane.retry_after_ms(), "position": len(lane.open)},
             )
         arrival = time.monotonic_ns()
-        frames = (
-            lane.actor.identity,
-            mailbox.REQUEST,
-            client,
-            request_id,
-            mailbox.U64.pack(arrival),
-            body,
-        )
-        if not self.back.send(frames):
+        link = lane.actor.link
+        if link is None or not link.send((mailbox.REQUEST, client, request_id, mailbox.U64.pack(arrival), body)):
             raise Unavailable(f"snapshotter {lane.actor.name!r} is not connected, repeat in a moment")
         lane.add(key, len(body), arrival)
 
@@ -185,37 +170,28 @@ class Router:
 
     # Actors.
 
-    def _from_actor(self, frames: list[bytes]) -> None:
-        lane = self._lanes_by_identity.get(frames[0])
-        kind = frames[1]
-        if kind == mailbox.READY:
-            self._became_ready(frames[0], frames[2])
-        elif lane is None:
-            return  # The last words of an actor that is already given up.
-        elif kind == mailbox.REPLY:
-            _, _, client, request_id, status, body = frames
+    def from_actor(self, actor: Actor, frames: list[bytes]) -> None:
+        """Take a message of an actor."""
+        kind = frames[0]
+        if kind == mailbox.REPLY:
+            _, client, request_id, status, body = frames
             if status == DONE:
-                lane.done((client, request_id), time.monotonic_ns())
+                self._lanes[actor.name.encode()].done((client, request_id), time.monotonic_ns())
             self.front.send((client, REQUEST_VERSION, request_id, status, body))
         elif kind == mailbox.EVENTS:
-            self._publish(lane.actor.name, _decode_newest(frames[2]), frames[3:])
+            self._publish(actor.name, _decode_newest(frames[1]), frames[2:])
         elif kind == mailbox.REPORT:
-            lane.actor.report(frames[2])
-
-    def _became_ready(self, identity: bytes, body: bytes) -> None:
-        for lane in self._lanes.values():
-            if lane.actor.identity == identity:
-                self._lanes_by_identity[identity] = lane
-                lane.actor.became_ready(body)
-                if self._stopping:
-                    self.back.send((identity, mailbox.STOP))
+            actor.report(frames[1])
+        elif kind == mailbox.READY:
+            actor.became_ready(frames[1])
+            if self._stopping:
+                _tell_to_stop(actor)
 
     def gone(self, actor: Actor) -> None:
         """The actor died: its last words are passed on, then everybody who still waits for it is told."""
-        while self.back.drain():
+        while actor.link is not None and actor.link.drain():
             continue
         lane = self._lanes[actor.name.encode()]
-        self._lanes_by_identity.pop(actor.identity, None)
         waiting, lane.open, lane.bytes = lane.open, {}, 0
         error = Unavailable(
             f"snapshotter {actor.name!r} died with this call in its hands; whether it took effect is unknown: "
@@ -230,15 +206,13 @@ class Router:
     def stop(self) -> None:
         """Refuse new requests and tell the actors to finish what they have."""
         self._stopping = True
-        for identity in self._lanes_by_identity:
-            self.back.send((identity, mailbox.STOP))
+        for lane in self._lanes.values():
+            if lane.actor.state == "ready":
+                _tell_to_stop(lane.actor)
 
     def statistics(self) -> dict[str, dict[str, int]]:
         """For `status`."""
-        queues = {
-            "router": {**self.front.statistics(), "dropped": self._dropped},
-            "actors": self.back.statistics(),
-        }
+        queues = {"router": {**self.front.statistics(), "dropped": self._dropped}}
         for lane in self._lanes.values():
             queues[f"mailbox.{lane.actor.name}"] = {
                 "open": len(lane.open),
@@ -247,5 +221,11 @@ class Router:
                 "served": lane.served,
                 "refused": lane.refused,
                 "mean_us": int(lane.mean_ns / 1000),
+                "unsent_bytes": lane.actor.link.unsent_bytes if lane.actor.link else 0,
             }
         return queues
+
+
+def _tell_to_stop(actor: Actor) -> None:
+    if actor.link is not None:
+        actor.link.send((mailbox.STOP,))

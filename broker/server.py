@@ -96,16 +96,12 @@ class Server:
             os.close(lock_directory(Path(finding.root), "--root"))
         for endpoint in (config.router_endpoint, config.publisher_endpoint):
             refuse_taken(endpoint)
-        self._private = config.actors_socket.parent
-        self._private.mkdir(mode=0o700, exist_ok=True)
-        self._back = f"ipc://{config.actors_socket}"
         old = os.umask(0o777 & ~config.socket_mode)
         try:
             self._publisher = Publisher(self._context, config.publisher_endpoint, config.publisher)
             self._router = Router(
                 self._context,
                 config.router_endpoint,
-                self._back,
                 config.router,
                 self._own,
                 self._publisher.publish,
@@ -126,23 +122,24 @@ class Server:
     def _add(self, finding: Finding) -> None:
         section = finding.section
 
-        def setup(identity: str) -> bytes:
-            return msgspec.json.encode(
-                Setup(
-                    name=finding.name,
-                    backend=finding.backend,
-                    root=finding.root,
-                    metadata=section.metadata or f"{finding.root}/metadata",
-                    endpoint=self._back,
-                    identity=identity,
-                    options=section.options,
-                    limits=section.limits,
-                    log_level=self._config.log_level,
-                    log_format=self._config.log_format,
-                )
-            )
-
-        actor = Actor(finding.name, ACTOR_MODULE, setup, self._ready, self._gone)
+        setup = Setup(
+            name=finding.name,
+            backend=finding.backend,
+            root=finding.root,
+            metadata=section.metadata or f"{finding.root}/metadata",
+            options=section.options,
+            limits=section.limits,
+            log_level=self._config.log_level,
+            log_format=self._config.log_format,
+        )
+        actor = Actor(
+            finding.name,
+            ACTOR_MODULE,
+            msgspec.json.encode(setup),
+            self._router.from_actor,
+            self._ready,
+            self._gone,
+        )
         self._supervisor.add(actor)
         self._router.add(actor)
 
@@ -206,7 +203,6 @@ class Server:
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._router.front.run)
-                tasks.start_soon(self._router.back.run)
                 tasks.start_soon(self._publisher.port.run)
                 tasks.start_soon(self._publisher.beat)
                 await self._supervise()
@@ -231,17 +227,13 @@ class Server:
                 late.cancel_scope.cancel()
 
     def _close(self) -> None:
-        """Pass on the last words of the actors, then let go of sockets and places."""
-        while self._router.back.drain():
-            continue
+        """Let go of sockets and places."""
         self._router.front.close()
-        self._router.back.close()
         self._publisher.port.close()
         self._context.term()
-        for path in (self._back, self._config.router_endpoint, self._config.publisher_endpoint):
+        for path in (self._config.router_endpoint, self._config.publisher_endpoint):
             if path.startswith("ipc://"):
                 Path(path.removeprefix("ipc://")).unlink(missing_ok=True)
-        self._private.rmdir()
         os.close(self._lock)
         log.info("stopped")
 

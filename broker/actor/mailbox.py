@@ -1,4 +1,4 @@
-"""The frames between the router and an actor, and the actor's end of that line.
+"""The messages between the router and an actor, and the actor's end of their line.
 
 router to actor:  REQUEST, client's identity, request id, arrival (8 bytes, monotonic nanoseconds), body
                   STOP
@@ -17,9 +17,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Final
 
-import zmq
-
-from broker.sockets import Port
+from broker.actor.link import Link
 from snapbroker.protocol import encode
 
 REQUEST: Final = b"Q"
@@ -33,25 +31,21 @@ U64: Final = struct.Struct(">Q")
 
 
 class Mailbox:
-    """The actor's socket: requests come to the handler, replies, events and reports go to the router."""
+    """The actor's end: requests come to the handler, replies, events and reports go to the router."""
 
     def __init__(
         self,
-        context: zmq.Context[zmq.Socket[bytes]],
-        endpoint: str,
-        identity: bytes,
+        link: Link,
         on_request: Callable[[bytes, bytes, int, bytes], None],
         on_stop: Callable[[], None],
     ) -> None:
-        socket = context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.IDENTITY, identity)
-        # The router bounds what is open; a limit here would only drop replies to it.
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.connect(endpoint)
+        self._link = link
         self._on_request = on_request
         self._on_stop = on_stop
-        self.port = Port(socket, self._received)
+
+    def open(self) -> None:
+        """Take requests, on the running loop; an actor that nobody can hear any more stops."""
+        self._link.listen(self._received, self._on_stop)
 
     def _received(self, frames: list[bytes]) -> None:
         if frames[0] == REQUEST:
@@ -62,7 +56,7 @@ class Mailbox:
 
     def reply(self, client: bytes, request_id: bytes, status: bytes, body: bytes) -> None:
         """Send one part of a reply."""
-        self.port.send((REPLY, client, request_id, status, body))
+        self._link.send((REPLY, client, request_id, status, body))
 
     def events(self, events: Sequence[tuple[str, int, bytes]]) -> None:
         """Send the events of a turn."""
@@ -72,12 +66,12 @@ class Mailbox:
             newest[topic] = sequence
             frames += (topic.encode(), U64.pack(sequence), body)
         frames[1] = encode(newest)
-        self.port.send(frames)
+        self._link.send(frames)
 
     def ready(self, body: bytes) -> None:
         """Say that requests can come."""
-        self.port.send((READY, body))
+        self._link.send((READY, body))
 
     def report(self, body: bytes) -> None:
         """Send the actor's figures."""
-        self.port.send((REPORT, body))
+        self._link.send((REPORT, body))

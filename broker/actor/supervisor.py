@@ -10,6 +10,7 @@ and whoever cares is told of every change. What the actor does inside is not kno
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import anyio
 import psutil
 import structlog
 
+from broker.actor.link import Link
 from snapbroker.protocol import ActorStatus, decoder
 
 if TYPE_CHECKING:
@@ -73,31 +75,26 @@ def figures(pid: int) -> Figures:
 
 @dataclass(eq=False)
 class Actor:
-    """One supervised process: how to start it, and how it is.
+    """One supervised process: how to start it, how it is, and the line to it, another one with every start.
 
-    `incarnation` changes with every start: its identity on the router's socket, so that nothing of a dead one is
-    taken for the living.
+    `on_message` gets what comes on that line.
     """
 
     name: str
     module: str
-    setup: Callable[[str], bytes]
+    setup: bytes
+    on_message: Callable[[Actor, list[bytes]], None]
     on_ready: Callable[[Actor], None]
     on_gone: Callable[[Actor], None]
     state: str = "stopped"
-    incarnation: int = 0
     restarts: int = 0
     pid: int = 0
     last_heard: float = 0.0
     retry_after_ms: int = 0
     status: ActorStatus | None = None
     process: Process | None = None
+    link: Link | None = None
     heard: anyio.Event = field(default_factory=anyio.Event)
-
-    @property
-    def identity(self) -> bytes:
-        """The routing identity of the current incarnation."""
-        return f"{self.name}#{self.incarnation}".encode()
 
     def became_ready(self, body: bytes) -> None:
         """The process says that it serves."""
@@ -151,24 +148,25 @@ class Supervisor:
 
     async def _live(self, actor: Actor) -> None:
         """One life of the process, from its start to its end."""
-        actor.incarnation += 1
         actor.state = "starting"
         actor.heard = anyio.Event()
         actor.last_heard = time.monotonic()
         try:
-            process = await anyio.open_process(
-                [sys.executable, "-P", "-m", actor.module, str(os.getpid())], stdin=-1, stdout=None, stderr=None
-            )
+            ours, theirs = socket.socketpair()
+            with theirs:
+                actor.link = Link(ours)
+                process = await self._start(actor, theirs.fileno())
         except OSError as error:
             log.error("an actor cannot be started", actor=actor.name, error=str(error))
             actor.state = "unavailable"
             return
+        actor.link.listen(lambda frames: actor.on_message(actor, frames), lambda: None)
         actor.pid, actor.process = process.pid, process
         if self._is_stopping():
             kill(actor)
         status: int | None = None
         try:
-            await self._feed(process, actor.setup(actor.identity.decode()))
+            await self._feed(process, actor.setup)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._watch, actor, process)
                 status = await process.wait()
@@ -181,6 +179,12 @@ class Supervisor:
             actor.state = "unavailable"
             actor.pid = 0
             actor.on_gone(actor)
+            actor.link.close()
+
+    @staticmethod
+    async def _start(actor: Actor, descriptor: int) -> Process:
+        command = [sys.executable, "-P", "-m", actor.module, str(os.getpid()), str(descriptor)]
+        return await anyio.open_process(command, stdin=-1, stdout=None, stderr=None, pass_fds=(descriptor,))
 
     @staticmethod
     async def _feed(process: Process, setup: bytes) -> None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 
 import anyio
 import msgspec
 import structlog
-import zmq
 
 from broker import logs
 from broker.actor.lineage import die_with_parent
+from broker.actor.link import Link
 from broker.actor.mailbox import Mailbox
 from broker.snapshotter.actor import Setup, SnapshotterActor
 from snapbroker.errors import BrokerError
 
 REPORT_INTERVAL_S = 1.0
+LAST_WORDS_S = 1.0
+"""How long what is still to be sent may take when all is done."""
 
 log = structlog.get_logger()
 
@@ -24,6 +27,8 @@ log = structlog.get_logger()
 def main() -> int:
     """Run until the router says stop; the exit status tells the supervisor."""
     die_with_parent(int(sys.argv[1]))
+    line = socket.socket(fileno=int(sys.argv[2]))
+    line.set_inheritable(False)
     setup = msgspec.json.decode(sys.stdin.buffer.read(), type=Setup)
     # The broker handles the terminal's signals and tells its actors.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -32,23 +37,23 @@ def main() -> int:
     structlog.contextvars.bind_contextvars(snapshotter=setup.name)
     failed = False
     try:
-        anyio.run(serve, setup)
+        anyio.run(serve, setup, line)
     except* (BrokerError, OSError) as group:
         log.error("the snapshotter cannot run", errors=[str(error) for error in group.exceptions])
         failed = True
     return int(failed)
 
 
-async def serve(setup: Setup) -> None:
+async def serve(setup: Setup, line: socket.socket) -> None:
     """Connect the mailbox to the snapshotter."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
     actor: SnapshotterActor
 
     def receive(client: bytes, request_id: bytes, arrival: int, body: bytes) -> None:
         if actor.service is not None:
             actor.service.receive(client, request_id, arrival, body)
 
-    mailbox = Mailbox(context, setup.endpoint, setup.identity.encode(), receive, lambda: actor.stop())
+    link = Link(line)
+    mailbox = Mailbox(link, receive, lambda: actor.stop())
     actor = SnapshotterActor(setup, mailbox.reply, mailbox.events)
 
     async def report() -> None:
@@ -57,12 +62,11 @@ async def serve(setup: Setup) -> None:
             mailbox.report(actor.report())
 
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(mailbox.port.run)
+        mailbox.open()
         tasks.start_soon(report)
         await actor.run(lambda: mailbox.ready(actor.report()))
         tasks.cancel_scope.cancel()
-    mailbox.port.close()
-    context.term()
+    await link.finish(LAST_WORDS_S)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,6 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     root: str
     metadata: str
-    endpoint: str
-    identity: str
     options: dict[str, Any] = {}
     limits: SnapshotterLimits = SnapshotterLimits()
     log_level: str = "info"

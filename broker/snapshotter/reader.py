@@ -1,7 +1,7 @@
 """The reading verbs, answered from a read transaction at once: never behind a writer's flush.
 
 Used by the loop's thread alone. A stat is a lookup and a slice; mounts of a snapshot never change (C25), so their
-encoded answers are kept, up to a limit in bytes.
+encoded answers are kept by the stored value that they were made of, up to a limit in bytes.
 """
 
 from __future__ import annotations
@@ -65,15 +65,14 @@ class Reader:
         self._journal = journal
         self._backend = backend
         self._labelled = bool(backend.labels(Snapshot(0, Kind.ACTIVE)))
-        self._mounts: OrderedDict[int, bytes] = OrderedDict()
+        self._mounts: OrderedDict[bytes, bytes] = OrderedDict()
         self._mounts_bytes = 0
 
-    def record(self, txn: Transaction, namespace: str, key: str) -> Record:
-        """The record of `key`, or NotFound."""
+    def _record(self, txn: Transaction, namespace: str, key: str) -> Record:
         check_name(key)
         record = self._snapshots.get(txn, index_key(namespace, key))
         if record is None:
-            raise NotFound(f"snapshot {key!r} does not exist")
+            raise _missing(key)
         return record
 
     def transaction(self) -> AbstractContextManager[Transaction]:
@@ -82,8 +81,13 @@ class Reader:
 
     def stat(self, txn: Transaction, namespace: str, key: str) -> bytes:
         """The encoded Info (C55), with the backend's own labels where it has some (C115)."""
-        record = self.record(txn, namespace, key)
-        return self._labelled_info(txn, namespace, record) if self._labelled else record.info
+        if self._labelled:
+            return self._labelled_info(txn, namespace, self._record(txn, namespace, key))
+        check_name(key)
+        info = self._snapshots.info(txn, index_key(namespace, key))
+        if info is None:
+            raise _missing(key)
+        return info
 
     def _labelled_info(self, txn: Transaction, namespace: str, record: Record) -> bytes:
         info = record.decoded()
@@ -92,28 +96,32 @@ class Reader:
 
     def mounts(self, txn: Transaction, namespace: str, key: str) -> bytes:
         """The encoded MountsAnswer (C24-C27)."""
-        record = self.record(txn, namespace, key)
-        error = refusal(record.kind, "mounts", key)
-        if error is not None:
-            raise error
-        check_whole(record, key)
-        known = self._mounts.get(record.id)
+        check_name(key)
+        value = self._snapshots.value(txn, index_key(namespace, key))
+        if value is None:
+            raise _missing(key)
+        known = self._mounts.get(value)
         if known is None:
+            record = self._record(txn, namespace, key)
+            error = refusal(record.kind, "mounts", key)
+            if error is not None:
+                raise error
+            check_whole(record, key)
             snapshot = snapshot_of(self._snapshots, txn, namespace, record.decoded(), record)
             known = encode(MountsAnswer(mounts=tuple(self._backend.mounts(snapshot))))
-            self._remember(record.id, known)
+            self._remember(value, known)
         return known
 
-    def _remember(self, id_: int, answer: bytes) -> None:
-        self._mounts[id_] = answer
-        self._mounts_bytes += len(answer)
+    def _remember(self, value: bytes, answer: bytes) -> None:
+        self._mounts[value] = answer
+        self._mounts_bytes += len(value) + len(answer)
         while self._mounts_bytes > _MOUNTS_BYTES_MAX and len(self._mounts) > 1:
-            _, dropped = self._mounts.popitem(last=False)
-            self._mounts_bytes -= len(dropped)
+            dropped = self._mounts.popitem(last=False)
+            self._mounts_bytes -= len(dropped[0]) + len(dropped[1])
 
     def usage(self, txn: Transaction, namespace: str, key: str) -> bytes | Snapshot:
         """The encoded Usage of a view or a committed snapshot; of an active one, what is to be measured (C49, C50)."""
-        record = self.record(txn, namespace, key)
+        record = self._record(txn, namespace, key)
         if record.kind is not Kind.ACTIVE:
             return encode(record.usage)
         check_whole(record, key)
@@ -183,6 +191,10 @@ class Reader:
         """How many snapshots there are, of all namespaces."""
         with self._environment.read() as txn:
             return self._snapshots.count(txn)
+
+
+def _missing(key: str) -> NotFound:
+    return NotFound(f"snapshot {key!r} does not exist")
 
 
 def _page_size(page: int) -> int:

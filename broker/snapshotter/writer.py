@@ -22,7 +22,7 @@ import lmdb
 import msgspec
 import structlog
 
-from backends.api import Backend, Snapshot, Task
+from backends.api import Backend, Glance, Snapshot, Task, TooMany
 from broker.snapshotter.errors import error_of
 from broker.snapshotter.operations import Delivery, Labour, Made, Need, Operation, Result
 from broker.snapshotter.verbs import Scene, Verbs
@@ -129,6 +129,15 @@ class Writer:
     def submit_work(self, work: Callable[[], None]) -> None:
         """Let a worker run `work`, which must not raise."""
         self._executor.submit(work)
+
+    def glanced(self, snapshot: Snapshot) -> Result | None:
+        """The same of a snapshot of a few entries; None where there are more."""
+        try:
+            return encode(self._backend.usage(snapshot, Glance()))
+        except TooMany:
+            return None
+        except Exception as error:
+            return error_of(error, "usage")
 
     def measured(self, snapshot: Snapshot, task: Task) -> Result:
         """The encoded usage of an active snapshot, or why not; blocks, for a worker."""

@@ -78,6 +78,21 @@ class Snapshots:
             return None
         return _decoded(key, value)
 
+    def value(self, txn: Transaction, key: bytes) -> bytes | None:
+        """The stored value at an index key, as `get` decodes it; equal values are equal records."""
+        value = txn.get(key, db=self._db)
+        return None if value is None else bytes(value)
+
+    def info(self, txn: Transaction, key: bytes) -> bytes | None:
+        """The encoded Info at an index key."""
+        value = self.value(txn, key)
+        if value is None:
+            return None
+        try:
+            return info_of(value)
+        except (ValueError, struct.error) as error:
+            raise _damaged(key, error) from error
+
     def put(self, txn: Transaction, key: bytes, record: Record) -> None:
         """Write a record over whatever is at the key; indexes are the caller's business."""
         txn.put(key, record.encode(), db=self._db)

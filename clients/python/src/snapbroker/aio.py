@@ -81,6 +81,7 @@ class _Connection:
         self._events_endpoint = events_endpoint
         self._connect_timeout = connect_timeout
         self._calls_per_request = calls_per_request
+        self._reads_per_request = min(session.READS_PER_REQUEST, calls_per_request)
         self._gathering: dict[_Lane, Exchange] = {}
         self._under_way: dict[bytes, Pursuit] = {}
         self._unsent: deque[Pursuit] = deque()
@@ -115,7 +116,8 @@ class _Connection:
         """One call, together with whatever else is called in this turn."""
         future: asyncio.Future[T] = self._loop.create_future()
         exchange = self._gathering.get(lane) or self.gather(lane)
-        if exchange.add(call, read, future, progress) >= self._calls_per_request:
+        most = self._reads_per_request if type(call) in session.READS else self._calls_per_request
+        if exchange.add(call, read, future, progress) >= most:
             del self._gathering[lane]
             self.launch(exchange)
         try:
@@ -855,7 +857,7 @@ async def connect(
     What is not given comes from SNAPBROKER_ENDPOINT, SNAPBROKER_NAMESPACE, SNAPBROKER_SNAPSHOTTER and
     SNAPBROKER_EVENTS_ENDPOINT, else from the defaults: the machine's own socket, `default`, the broker's only
     snapshotter. The broker need not be there yet: a call waits for it up to `connect_timeout` seconds.
-    Calls of one turn of the loop travel together, up to `calls_per_request` in one request.
+    Calls of one turn of the loop travel together, up to `calls_per_request` in one request, reads in smaller ones.
     """
     if not 0 < calls_per_request <= CALLS_MAX:
         raise InvalidArgument(f"calls_per_request must be 1 to {CALLS_MAX}, not {calls_per_request}")

@@ -1,0 +1,164 @@
+"""The line between the router and an actor: messages of frames over a pair of connected Unix sockets.
+
+Inside the broker nothing is gained by ZeroMQ: both ends are ours, there is one peer, and it is born with its socket.
+What it costs is a thread at either end that every message has to pass. Measured on two cores, kernel 6.18: a stat by
+one blocking caller takes 209 us with a ROUTER and a DEALER here, 124 us with this, and the two processes together spend
+0.1 ms of processor on it instead of 0.17. And the end of a process is the end of its line: its last words come first,
+nothing of a dead actor can be taken for the living one's.
+
+A message is its length, 4 bytes, and a MessagePack array of its frames. Neither end ever waits: what the kernel does
+not take is kept, and leaves as soon as it does. The router bounds what is open at an actor, and so what can lie here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import anyio
+import structlog
+
+from snapbroker.protocol import decoder, encode
+
+log = structlog.get_logger()
+
+RECEIVE_BYTES: Final = 64 * 1024
+"""Taken at once before the loop gets a turn: a flood on one line does not starve the others."""
+
+_LENGTH: Final = struct.Struct(">I")
+_frames = decoder(list[bytes]).decode
+
+Handler = Callable[[list[bytes]], None]
+
+
+def _nobody(_frames: list[bytes]) -> None:
+    """What comes before anybody listens, or after: nothing does."""
+
+
+class Link:
+    """One end: `handler` gets each message, `ended` is called once when the other end is closed."""
+
+    def __init__(self, end: socket.socket) -> None:
+        end.setblocking(False)
+        self._socket = end
+        self._handler: Handler = _nobody
+        self._ended: Callable[[], None] = lambda: None
+        self._partial = bytearray()
+        self._unsent = bytearray()
+        self._corked = False
+        self._waiting = False
+        self._sent: anyio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.open = True
+
+    def listen(self, handler: Handler, ended: Callable[[], None]) -> None:
+        """Hand over what comes, on the running loop, until `close` or the other end's end."""
+        self._handler, self._ended = handler, ended
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._socket, self.drain)
+
+    def drain(self) -> bool:
+        """Hand over the messages that are there; whether there may be more."""
+        try:
+            data = self._socket.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self._end()
+            return False
+        self._corked = True
+        try:
+            self._take(data)
+        finally:
+            self._corked = False
+            self._flush()
+        return self.open
+
+    def _take(self, data: bytes) -> None:
+        """Hand over the messages that `data` completes; what they make the handler send leaves together."""
+        stream: bytes | bytearray = data
+        if self._partial:
+            self._partial += data
+            stream = self._partial
+        at, length = 0, len(stream)
+        with memoryview(stream) as view:
+            while length - at >= _LENGTH.size:
+                begin = at + _LENGTH.size
+                end = begin + _LENGTH.unpack_from(view, at)[0]
+                if end > length:
+                    break
+                at = end
+                try:
+                    self._handler(_frames(view[begin:end]))
+                except Exception:
+                    log.exception("a message could not be handled")
+        if stream is data:
+            self._partial += data[at:]
+        else:
+            del self._partial[:at]
+
+    def send(self, frames: Sequence[bytes]) -> bool:
+        """Send, or keep what the kernel does not take; False when the other end is gone."""
+        if not self.open:
+            return False
+        message = encode(frames)
+        self._unsent += _LENGTH.pack(len(message))
+        self._unsent += message
+        if not self._corked:
+            self._flush()
+        return self.open
+
+    def _flush(self) -> None:
+        """Send what is kept; where the kernel takes no more, go on when it does."""
+        if not self._unsent or not self.open or self._loop is None:
+            return
+        try:
+            taken = self._socket.send(self._unsent)
+        except BlockingIOError:
+            taken = 0
+        except OSError:
+            self._end()
+            return
+        del self._unsent[:taken]
+        if self._waiting != bool(self._unsent):
+            self._waiting = not self._waiting
+            if self._waiting:
+                self._loop.add_writer(self._socket, self._flush)
+            else:
+                self._loop.remove_writer(self._socket)
+        if self._sent is not None and not self._unsent:
+            self._sent.set()
+
+    def _end(self) -> None:
+        if self.open:
+            self.close()
+            self._ended()
+
+    def close(self) -> None:
+        """Let go of the socket, and of what it did not take."""
+        if self.open:
+            self.open = False
+            if self._loop is not None:
+                self._loop.remove_reader(self._socket)
+                self._loop.remove_writer(self._socket)
+            self._socket.close()
+            if self._sent is not None:
+                self._sent.set()
+
+    async def finish(self, seconds: float) -> None:
+        """Wait until all is sent, for a moment at most, and close."""
+        if self._unsent and self.open:
+            self._sent = anyio.Event()
+            with anyio.move_on_after(seconds):
+                await self._sent.wait()
+        self.close()
+
+    @property
+    def unsent_bytes(self) -> int:
+        """What the other end has not taken."""
+        return len(self._unsent)
