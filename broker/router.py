@@ -221,7 +221,7 @@ class Router:
                 "served": lane.served,
                 "refused": lane.refused,
                 "mean_us": int(lane.mean_ns / 1000),
-                "unsent_bytes": lane.actor.link.unsent_bytes if lane.actor.link else 0,
+                "unsent": lane.actor.link.unsent_bytes if lane.actor.link else 0,
             }
         return queues
 
