@@ -112,6 +112,7 @@ class Wire:
         snapshotter: str | None = None,
         namespace: str | None = None,
         request_id: bytes = b"",
+        token: bytes = b"",
     ) -> bytes:
         """Send a request; answers its id."""
         request_id = request_id or b"%d" % next(self._numbers)
@@ -120,6 +121,7 @@ class Wire:
             namespace=self.namespace if namespace is None else namespace,
             atomic=atomic,
             timeout_ms=timeout_ms,
+            token=token,
         )
         target = self.snapshotter if snapshotter is None else snapshotter
         self.send_frames(REQUEST_VERSION, request_id, target.encode(), encode(request))
@@ -152,10 +154,11 @@ class Wire:
         timeout_ms: int = 0,
         snapshotter: str | None = None,
         namespace: str | None = None,
+        token: bytes = b"",
     ) -> list[Result]:
         """The result of every call, errors among them; of a stream the last page. Every call must have one."""
         request_id = self.send(
-            *calls, atomic=atomic, timeout_ms=timeout_ms, snapshotter=snapshotter, namespace=namespace
+            *calls, atomic=atomic, timeout_ms=timeout_ms, snapshotter=snapshotter, namespace=namespace, token=token
         )
         parts = self.parts(request_id, calls)
         results = {index: result for index, result in parts if not isinstance(result, Progress)}

@@ -28,7 +28,7 @@ from broker.snapshotter.service import Send, Service
 from broker.snapshotter.trash import Trash
 from broker.snapshotter.verbs import Verbs
 from broker.snapshotter.writer import Writer
-from broker.store import Environment, Journal, Snapshots
+from broker.store import Environment, Journal, Outcomes, Snapshots
 from snapbroker.protocol import ActorStatus, encode
 
 log = structlog.get_logger()
@@ -68,6 +68,7 @@ class SnapshotterActor:
         backend_type = registry.load(setup.backend)
         self.backend = backend_type.open(root, msgspec.convert(setup.options, backend_type.Options))
         self._environment = Environment(Path(setup.metadata), limits.store)
+        self._outcomes = Outcomes(self._environment, limits.outcomes)
         snapshots = Snapshots(self._environment, writes=True)
         self._journal = Journal(self._environment, setup.name, limits.journal)
         ids = Ids(self._environment, snapshots)
@@ -87,6 +88,7 @@ class SnapshotterActor:
         self._writer = Writer(
             self._environment,
             self._journal,
+            self._outcomes,
             snapshots,
             verbs,
             ids,
@@ -159,6 +161,8 @@ class SnapshotterActor:
             queues.update(self.service.statistics())
         if self._pool is not None:
             queues["pool"] = self._pool.statistics()
+        with self._environment.read() as txn:
+            queues["outcomes"] = self._outcomes.statistics(txn)
         queues["store"] = self._environment.statistics()
         return encode(
             ActorStatus(

@@ -7,7 +7,7 @@ import msgspec
 from broker.snapshotter.pool import PoolLimits
 from broker.snapshotter.service import ServiceLimits
 from broker.snapshotter.writer import WriterLimits
-from broker.store import Retention, StoreLimits
+from broker.store import OutcomeRetention, Retention, StoreLimits
 
 
 class SnapshotterLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -15,6 +15,7 @@ class SnapshotterLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
 
     store: StoreLimits = StoreLimits()
     journal: Retention = Retention()
+    outcomes: OutcomeRetention = OutcomeRetention()
     pool: PoolLimits = PoolLimits()
     writer: WriterLimits = WriterLimits()
     service: ServiceLimits = ServiceLimits()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from backends.api import Snapshot, Task
+from broker.store import Token
 from snapbroker.contract import Usage
 from snapbroker.errors import BrokerError
 from snapbroker.protocol import Call
@@ -73,6 +74,7 @@ class Operation:
     calls: tuple[Call, ...]
     first: int = 0
     deadline: int = 0
+    token: Token | None = None
     task: Task | None = None
     made: dict[int, Made] = field(default_factory=dict)
     needs: list[Need] = field(default_factory=list)

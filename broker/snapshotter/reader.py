@@ -17,10 +17,10 @@ import msgspec
 from backends.api import Snapshot
 from broker.filters import compile_filters
 from broker.snapshotter.lifecycle import refusal
-from broker.snapshotter.verbs import check_whole, snapshot_of, with_labels
+from broker.snapshotter.verbs import check_fence, check_whole, snapshot_of, with_labels
 from broker.store import Record, index_key
 from broker.store.records import encode_info
-from broker.store.snapshots import Row, row_info, row_name, row_record
+from broker.store.snapshots import Row, decoded, row_info, row_name, row_record
 from snapbroker.contract import Info, Kind, check_name
 from snapbroker.errors import InvalidArgument, NotFound
 from snapbroker.protocol import PAGE_MAX, Events, MountsAnswer, Walk, encode
@@ -94,21 +94,23 @@ class Reader:
         extra = self._backend.labels(snapshot_of(self._snapshots, txn, namespace, info, record))
         return encode_info(with_labels(info, extra)) if extra else record.info
 
-    def mounts(self, txn: Transaction, namespace: str, key: str) -> bytes:
+    def mounts(self, txn: Transaction, namespace: str, key: str, fence: int) -> bytes:
         """The encoded MountsAnswer (C24-C27)."""
         check_name(key)
-        value = self._snapshots.value(txn, index_key(namespace, key))
+        index = index_key(namespace, key)
+        value = self._snapshots.value(txn, index)
         if value is None:
             raise _missing(key)
         known = self._mounts.get(value)
-        if known is None:
-            record = self._record(txn, namespace, key)
+        if known is None or fence:
+            record = decoded(index, value)
+            check_fence(record, key, fence)
             error = refusal(record.kind, "mounts", key)
             if error is not None:
                 raise error
             check_whole(record, key)
             snapshot = snapshot_of(self._snapshots, txn, namespace, record.decoded(), record)
-            known = encode(MountsAnswer(mounts=tuple(self._backend.mounts(snapshot))))
+            known = encode(MountsAnswer(mounts=tuple(self._backend.mounts(snapshot)), fence=record.fence))
             self._remember(value, known)
         return known
 

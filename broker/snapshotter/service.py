@@ -21,6 +21,7 @@ from backends.api import Snapshot, Task
 from broker.snapshotter.errors import error_of
 from broker.snapshotter.operations import Delivery, Operation, Result
 from broker.snapshotter.writer import Errand
+from broker.store import Token, digest_of
 from snapbroker.contract import check_namespace, topic
 from snapbroker.errors import (
     BrokerError,
@@ -240,25 +241,26 @@ class Service:
         for call in request.calls:
             if isinstance(call, (Walk, Events, Cleanup, Cancel)):
                 raise Unimplemented("walk, events, cleanup and cancel cannot be part of an atomic request")
-        operation = Operation(ticket, request.namespace, request.calls, 0, deadline)
+        operation = Operation(ticket, request.namespace, request.calls, 0, deadline, _token_of(request))
         ticket.operations = [operation]
         self._writer.submit(ticket.operations)
 
     def _answer_reads(self, ticket: Ticket, request: Request, deadline: int, operations: list[Operation]) -> None:
         """Answer the reads, begin the streams, and gather the writes in their order."""
         namespace, reader = request.namespace, self._reader
+        token = _token_of(request)
         active: list[tuple[int, Snapshot]] = []
         with reader.transaction() as txn:
             for index, call in enumerate(request.calls):
                 kind = type(call)
                 if kind in _WRITES:
-                    operations.append(Operation(ticket, namespace, (call,), index, deadline))
+                    operations.append(Operation(ticket, namespace, (call,), index, deadline, token))
                     continue
                 try:
                     if kind is Stat:
                         ticket.settle(index, reader.stat(txn, namespace, call.key))  # type: ignore[union-attr]
                     elif kind is Mounts:
-                        ticket.settle(index, reader.mounts(txn, namespace, call.key))  # type: ignore[union-attr]
+                        ticket.settle(index, reader.mounts(txn, namespace, call.key, call.fence))  # type: ignore[union-attr]
                     elif kind is UsageOf:
                         answer = reader.usage(txn, namespace, call.key)  # type: ignore[union-attr]
                         if isinstance(answer, bytes):
@@ -547,6 +549,10 @@ class Service:
                 "calls": self._calls,
             }
         }
+
+
+def _token_of(request: Request) -> Token | None:
+    return Token(request.namespace, request.token, digest_of(request.calls)) if request.token else None
 
 
 def _check_credit(credit: int) -> None:

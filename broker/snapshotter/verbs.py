@@ -57,12 +57,15 @@ class Holds:
 
     def __init__(self) -> None:
         self.creates: dict[bytes, Operation] = {}
+        self.tokens: dict[tuple[bytes, int], Operation] = {}
         self.consumes: dict[bytes, Operation] = {}
         self.pins: Counter[int] = Counter()
 
     def add(self, operation: Operation, need: Need) -> None:
         """Hold what `need` touches."""
         operation.needs.append(need)
+        if operation.token is not None:
+            self.tokens[operation.token.key, operation.first] = operation
         if need.creates is not None:
             self.creates[need.creates] = operation
         if need.consumes is not None:
@@ -77,6 +80,8 @@ class Holds:
     def drop(self, operation: Operation, need: Need) -> None:
         """Let go of what `need` touches."""
         operation.needs.remove(need)
+        if operation.token is not None:
+            self.tokens.pop((operation.token.key, operation.first), None)
         if need.creates is not None:
             self.creates.pop(need.creates, None)
         if need.consumes is not None:
@@ -184,9 +189,10 @@ class Verbs:
             scene.operation.made[scene.index] = made = taken
         # An atomic request is decided again after its work, and what it was to stand on may be another by then.
         snapshot = replace(made.snapshot, parents=chain)
-        answer = encode(MountsAnswer(mounts=tuple(self._backend.mounts(snapshot))))
+        fence = scene.journal.next
+        answer = encode(MountsAnswer(mounts=tuple(self._backend.mounts(snapshot)), fence=fence))
         info = encode_info(Info(key, kind, parent, labels, scene.now, scene.now))
-        record = Record(kind, 0, len(chain), snapshot.id, parent_id, 0, 0, info)
+        record = Record(kind, 0, len(chain), snapshot.id, parent_id, 0, 0, fence, info)
         self._snapshots.insert(scene.txn, index, record)
         scene.journal.append(scene.txn, scene.now, scene.namespace, kind_verb(kind), key, info)
         return answer
@@ -249,6 +255,7 @@ class Verbs:
         record = self._snapshots.get(scene.txn, source)
         if record is None:
             raise NotFound(f"snapshot {call.key!r} does not exist")
+        check_fence(record, call.key, call.fence)
         target = self._free(scene, call.name, "commit")
         error = refusal(record.kind, "commit", call.key)
         if error is not None:
@@ -280,7 +287,13 @@ class Verbs:
         self._snapshots.insert(
             scene.txn,
             target,
-            record._replace(kind=Kind.COMMITTED, inodes=made.usage.inodes, size=made.usage.size, info=encoded),
+            record._replace(
+                kind=Kind.COMMITTED,
+                inodes=made.usage.inodes,
+                size=made.usage.size,
+                fence=scene.journal.next,
+                info=encoded,
+            ),
         )
         self._snapshots.refer(scene.txn, scene.namespace, committed, record.id)
         scene.journal.append(scene.txn, scene.now, scene.namespace, "commit", call.key, encoded)
@@ -324,6 +337,7 @@ class Verbs:
         record = self._snapshots.get(scene.txn, index)
         if record is None:
             raise NotFound(f"snapshot {call.key!r} does not exist")
+        check_fence(record, call.key, call.fence)
         if self.holds.consumes.get(index, scene.operation) is not scene.operation:
             raise FailedPrecondition(f"cannot remove snapshot {call.key!r} while it is being committed")
         if self._snapshots.has_children(scene.txn, record.id):
@@ -371,12 +385,13 @@ class Verbs:
     def mounts(self, scene: Scene, call: Mounts) -> bytes:
         """C24-C27."""
         record = self._existing(scene, call.key)
+        check_fence(record, call.key, call.fence)
         error = refusal(record.kind, "mounts", call.key)
         if error is not None:
             raise error
         check_whole(record, call.key)
         mounts: tuple[Mount, ...] = tuple(self._backend.mounts(self._snapshot(scene, record.decoded(), record)))
-        return encode(MountsAnswer(mounts=mounts))
+        return encode(MountsAnswer(mounts=mounts, fence=record.fence))
 
     def usage(self, scene: Scene, call: UsageOf) -> bytes | Need:
         """C49, C50."""
@@ -397,6 +412,15 @@ class Verbs:
 
     def _snapshot(self, scene: Scene, info: Info, record: Record) -> Snapshot:
         return snapshot_of(self._snapshots, scene.txn, scene.namespace, info, record)
+
+
+def check_fence(record: Record, key: str, fence: int) -> None:
+    """Raise FailedPrecondition when `fence` is of another snapshot that had this key; 0 is of any."""
+    if fence and fence != record.fence:
+        raise FailedPrecondition(
+            f"fence {fence} is not that of {key!r}: it was made by event {record.fence}, somebody else works on it",
+            {"fence": record.fence},
+        )
 
 
 def check_whole(record: Record, key: str) -> None:

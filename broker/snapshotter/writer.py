@@ -27,8 +27,21 @@ from broker.snapshotter.errors import error_of
 from broker.snapshotter.operations import Delivery, Labour, Made, Need, Operation, Result
 from broker.snapshotter.verbs import Scene, Verbs
 from broker.store.environment import StoreFull
-from snapbroker.errors import BrokerError, Cancelled, DeadlineExceeded, Internal, ResourceExhausted
-from snapbroker.protocol import Commit, Prepare, View, encode
+from snapbroker.errors import (
+    AlreadyExists,
+    BrokerError,
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    Unimplemented,
+)
+from snapbroker.protocol import Commit, Outcome, Prepare, View, encode, fault
+from snapbroker.protocol import error_of as error_of_fault
 
 if TYPE_CHECKING:
     from lmdb import Transaction
@@ -36,8 +49,9 @@ if TYPE_CHECKING:
     from broker.snapshotter.hands import Crew
     from broker.snapshotter.ids import Ids
     from broker.snapshotter.pool import Pool
-    from broker.store import Environment, Journal, Snapshots
+    from broker.store import Environment, Journal, Outcomes, Snapshots, Token
     from broker.store.journal import Turn
+    from broker.store.outcomes import OutcomeTurn
 
 log = structlog.get_logger()
 
@@ -63,6 +77,10 @@ class Errand:
     done: Callable[[BrokerError | None], None] = lambda _error: None
 
 
+DECIDED: Final = frozenset(
+    error.code for error in (NotFound, AlreadyExists, FailedPrecondition, InvalidArgument, Unimplemented)
+)
+"""Errors that are an answer; the others say that there is none yet."""
 _STOP: Final = object()
 Deliver = Callable[[Delivery], None]
 Clock = Callable[[], int]
@@ -75,6 +93,7 @@ class Writer:
         self,
         environment: Environment,
         journal: Journal,
+        outcomes: Outcomes,
         snapshots: Snapshots,
         verbs: Verbs,
         ids: Ids,
@@ -87,6 +106,7 @@ class Writer:
     ) -> None:
         self._environment = environment
         self._journal = journal
+        self._outcomes = outcomes
         self._snapshots = snapshots
         self._verbs = verbs
         self._ids = ids
@@ -221,7 +241,7 @@ class Writer:
         """Decide every operation; run again from scratch when the map had to grow, so it keeps no state."""
         now = self._clock()
         self._drop_fresh()
-        draft = _Draft(self._journal.begin())
+        draft = _Draft(self._journal.begin(), self._outcomes.begin())
         monotonic = time.monotonic_ns()
         for item in batch:
             if isinstance(item, Errand):
@@ -229,6 +249,8 @@ class Writer:
                 draft.errands.append(item)
                 continue
             scene = Scene(txn, draft.turn, item, now)
+            if item.token is not None and self._repeats(txn, item, item.token, draft):
+                continue
             try:
                 self._check_begun(item, monotonic)
                 if len(item.calls) == 1:
@@ -240,8 +262,30 @@ class Writer:
             except Exception as error:
                 draft.results.append((item, _shared(item, item.failed, error_of(error, "the call"))))
                 draft.failed.append(item)
+            if item.token is not None and draft.results and draft.results[-1][0] is item:
+                _keep(draft.outcomes, item.token, item.first, draft.results[-1][1])
         draft.turn.finish(txn, now)
+        draft.outcomes.finish(txn, now)
         return draft
+
+    def _repeats(self, txn: Transaction, operation: Operation, token: Token, draft: _Draft) -> bool:
+        """Answer an operation whose outcome is kept, or that another one with its token is at work on."""
+        holder = self._verbs.holds.tokens.get((token.key, operation.first), operation)
+        if holder is not operation:
+            at_work = Unavailable(
+                "the first request with this token is still at work, repeat in a moment", {"retry_after_ms": 100}
+            )
+            draft.results.append((operation, [at_work]))
+            return True
+        numbers = range(operation.first, operation.first + len(operation.calls))
+        try:
+            kept = [outcome for number in numbers if (outcome := draft.outcomes.find(txn, token, number))]
+        except InvalidArgument as error:
+            draft.results.append((operation, [error]))
+            return True
+        if kept:
+            draft.results.append((operation, [_result_of(outcome) for outcome in kept]))
+        return bool(kept)
 
     @staticmethod
     def _check_begun(operation: Operation, monotonic: int) -> None:
@@ -413,10 +457,11 @@ class Writer:
 class _Draft:
     """What a turn's transaction decided, to be acted on once it is committed."""
 
-    __slots__ = ("after", "errands", "failed", "needs", "results", "turn")
+    __slots__ = ("after", "errands", "failed", "needs", "outcomes", "results", "turn")
 
-    def __init__(self, turn: Turn) -> None:
+    def __init__(self, turn: Turn, outcomes: OutcomeTurn) -> None:
         self.turn = turn
+        self.outcomes = outcomes
         self.results: list[tuple[Operation, list[Result]]] = []
         self.needs: list[tuple[Operation, list[tuple[int, Need]]]] = []
         self.after: list[Callable[[], None]] = []
@@ -427,6 +472,23 @@ class _Draft:
 def _check_deadline(operation: Operation, monotonic: int) -> None:
     if operation.deadline and monotonic > operation.deadline:
         raise DeadlineExceeded("the deadline passed before the call began; it was not executed")
+
+
+def _keep(outcomes: OutcomeTurn, token: Token, first: int, results: list[Result]) -> None:
+    """Keep what was decided; what was not, for want of time or room, may be decided another time."""
+    if any(isinstance(result, bytes) or result.code in DECIDED for result in results):
+        for number, result in enumerate(results, first):
+            outcomes.keep(token, _outcome_of(number, result))
+
+
+def _outcome_of(number: int, result: Result) -> Outcome:
+    if isinstance(result, bytes):
+        return Outcome(call=number, ok=msgspec.Raw(result))
+    return Outcome(call=number, error=fault(result))
+
+
+def _result_of(outcome: Outcome) -> Result:
+    return bytes(outcome.ok) if outcome.error is None else error_of_fault(outcome.error)
 
 
 def _shared(operation: Operation, failed: int, error: BrokerError) -> list[Result]:

@@ -2,7 +2,20 @@
 
 from broker.store.environment import Environment, StoreLimits
 from broker.store.journal import Journal, Retention
+from broker.store.outcomes import OutcomeRetention, Outcomes, Token, digest_of
 from broker.store.records import Record, index_key
 from broker.store.snapshots import Snapshots
 
-__all__ = ["Environment", "Journal", "Record", "Retention", "Snapshots", "StoreLimits", "index_key"]
+__all__ = [
+    "Environment",
+    "Journal",
+    "OutcomeRetention",
+    "Outcomes",
+    "Record",
+    "Retention",
+    "Snapshots",
+    "StoreLimits",
+    "Token",
+    "digest_of",
+    "index_key",
+]

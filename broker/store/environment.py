@@ -23,7 +23,7 @@ from snapbroker.errors import FailedPrecondition, Internal, ResourceExhausted
 if TYPE_CHECKING:
     from lmdb import Transaction
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Version of the records' layout; another one is refused at open."""
 
 FULL_BYTES: Final = 1 << 20
@@ -60,7 +60,7 @@ class Environment:
             self._env = lmdb.open(
                 os.fspath(path),
                 map_size=max(min(max(limits.map_initial_bytes, 2 * size), limits.map_max_bytes), size),
-                max_dbs=8,
+                max_dbs=12,
                 max_spare_txns=4,
                 mode=0o600,
                 readahead=False,
@@ -68,6 +68,7 @@ class Environment:
         except lmdb.Error as error:
             raise Internal(f"cannot open the metadata database {path}: {error}") from error
         self._env.reader_check()
+        self.page_bytes = int(self._env.stat()["psize"])
         with self._env.begin(write=True) as txn:
             self.meta = self._env.open_db(b"meta", txn=txn)
             self.snapshots = self._env.open_db(b"snapshots", txn=txn)
@@ -75,6 +76,8 @@ class Environment:
             self.references = self._env.open_db(b"references", txn=txn)
             self.journal = self._env.open_db(b"journal", txn=txn)
             self.topics = self._env.open_db(b"topics", txn=txn)
+            self.outcomes = self._env.open_db(b"outcomes", txn=txn)
+            self.outcome_ages = self._env.open_db(b"outcome_ages", txn=txn)
             found = txn.get(b"format", db=self.meta)
             if found is None:
                 txn.put(b"format", str(FORMAT).encode(), db=self.meta)

@@ -71,6 +71,11 @@ class Turn:
         self.topics: dict[str, int] = {}
         self.entries: list[Published] = []
 
+    @property
+    def next(self) -> int:
+        """The sequence of the next event."""
+        return self.sequence + 1
+
     def append(self, txn: Transaction, now: int, namespace: str, verb: str, key: str, info: bytes = b"") -> None:
         """Write one event."""
         journal = self._journal

@@ -1,8 +1,9 @@
 """What one record looks like: a fixed header for the broker, and behind it the Info exactly as the wire sends it.
 
-A stat is then one lookup and a slice, without decoding anything. Header, 40 bytes, big endian: CRC-32 of all that
-follows (4), kind (1), flags (1), depth (2), id (8), parent's id (8), inodes (8), size (8). Depth is the number of
-ancestors. The sum is there because a damaged Info would otherwise be sent as it is and spoil a whole reply.
+A stat is then one lookup and a slice, without decoding anything. Header, 48 bytes, big endian: CRC-32 of all that
+follows (4), kind (1), flags (1), depth (2), id (8), parent's id (8), inodes (8), size (8), fence (8). Depth is the
+number of ancestors, the fence the sequence of the event that made the snapshot. The sum is there because a damaged
+Info would otherwise be sent as it is and spoil a whole reply.
 
 The index key is `namespace NUL name`. LMDB keys end at 511 bytes: a name over 400 bytes is indexed by its first
 400 bytes and a digest (D3), the full name being in the Info; readers that promise the order of names sort the
@@ -20,7 +21,7 @@ import msgspec
 
 from snapbroker.contract import Info, Kind, Usage
 
-_HEADER: Final = struct.Struct(">BBHQQQQ")
+_HEADER: Final = struct.Struct(">BBHQQQQQ")
 _SUM: Final = struct.Struct(">I")
 HEADER_BYTES: Final = _SUM.size + _HEADER.size
 _KINDS: Final = (Kind.VIEW, Kind.ACTIVE, Kind.COMMITTED)
@@ -46,6 +47,7 @@ class Record(NamedTuple):
     parent_id: int
     inodes: int
     size: int
+    fence: int
     info: bytes
 
     @property
@@ -66,7 +68,14 @@ class Record(NamedTuple):
         """The value that is stored."""
         body = (
             _HEADER.pack(
-                _KIND_NUMBERS[self.kind], self.flags, self.depth, self.id, self.parent_id, self.inodes, self.size
+                _KIND_NUMBERS[self.kind],
+                self.flags,
+                self.depth,
+                self.id,
+                self.parent_id,
+                self.inodes,
+                self.size,
+                self.fence,
             )
             + self.info
         )
@@ -76,12 +85,12 @@ class Record(NamedTuple):
 def decode_record(value: bytes | memoryview) -> Record:
     """The record in a stored value; ValueError or struct.error when it is damaged."""
     (checksum,) = _SUM.unpack_from(value)
-    kind, flags, depth, id_, parent_id, inodes, size = _HEADER.unpack_from(value, _SUM.size)
+    kind, flags, depth, id_, parent_id, inodes, size, fence = _HEADER.unpack_from(value, _SUM.size)
     if zlib.crc32(value[_SUM.size :]) != checksum:
         raise ValueError("its checksum is wrong")
     if kind >= len(_KINDS):
         raise ValueError(f"unknown kind {kind}")
-    return Record(_KINDS[kind], flags, depth, id_, parent_id, inodes, size, bytes(value[HEADER_BYTES:]))
+    return Record(_KINDS[kind], flags, depth, id_, parent_id, inodes, size, fence, bytes(value[HEADER_BYTES:]))
 
 
 def info_of(value: bytes) -> bytes:

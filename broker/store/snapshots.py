@@ -38,7 +38,7 @@ Row = tuple[bytes, bytes]
 
 def row_record(row: Row) -> Record:
     """The record of a row; Internal names it when it is damaged."""
-    return _decoded(*row)
+    return decoded(*row)
 
 
 def row_info(row: Row) -> bytes:
@@ -52,7 +52,7 @@ def row_info(row: Row) -> bytes:
 def row_name(row: Row) -> str:
     """The name of a row, which only a long one has to be decoded for."""
     name = row[0].partition(b"\0")[2]
-    return _decoded(*row).decoded().name if len(name) > PLAIN_BYTES_MAX else name.decode()
+    return decoded(*row).decoded().name if len(name) > PLAIN_BYTES_MAX else name.decode()
 
 
 class Snapshots:
@@ -76,7 +76,7 @@ class Snapshots:
         value = txn.get(key, db=self._db)
         if value is None:
             return None
-        return _decoded(key, value)
+        return decoded(key, value)
 
     def value(self, txn: Transaction, key: bytes) -> bytes | None:
         """The stored value at an index key, as `get` decodes it; equal values are equal records."""
@@ -234,7 +234,7 @@ class Snapshots:
             row = bytes(cursor.key()), bytes(cursor.value())
             if len(row[0]) != len(stem) + DIGEST_BYTES or not row[0].startswith(stem):
                 break
-            run.append((_decoded(*row).decoded().name, row))
+            run.append((decoded(*row).decoded().name, row))
             found = cursor.next()
         run.sort(key=lambda item: item[0].encode())
         return run, found
@@ -273,7 +273,8 @@ class Snapshots:
         txn.put(_NEXT_ID, _U64.pack(first + count), db=self._meta)
 
 
-def _decoded(key: bytes, value: bytes | memoryview) -> Record:
+def decoded(key: bytes, value: bytes | memoryview) -> Record:
+    """The record in the value stored at `key`; Internal where it is damaged."""
     try:
         return decode_record(value)
     except (ValueError, struct.error) as error:

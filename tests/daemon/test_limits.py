@@ -324,6 +324,21 @@ def test_a_follower_is_let_go_at_its_deadline(wire: Wire) -> None:
     assert not isinstance(page, BrokerError)
 
 
+def test_what_is_at_work_is_not_begun_again(limited: Daemon, wire: Wire, gate: Gate) -> None:
+    """A repeat with the same token, while the first request waits for its backend, is told to come again."""
+    prepare = Prepare(key="a", labels=gate.labels)
+    first = wire.send(prepare, token=b"t")
+    gate.wait()
+    with limited.wire("gated", wire.namespace) as other:
+        (refused,) = other.call(prepare, token=b"t")
+        assert isinstance(refused, Unavailable)
+        assert refused.details["retry_after_ms"] > 0
+        gate.open()
+        (answer,) = end_of(wire, first, prepare)
+        assert isinstance(answer, MountsAnswer)
+        assert other.call(prepare, token=b"t") == [answer]
+
+
 # Taking back.
 
 

@@ -19,12 +19,12 @@ LABELS = st.dictionaries(st.text(min_size=1, max_size=20), st.text(max_size=50),
 INFOS = st.builds(Info, NAMES, st.sampled_from(Kind), st.just("") | NAMES, LABELS, U64, U64)
 
 
-def record_of(info: Info, flags: int, depth: int, numbers: tuple[int, int, int, int]) -> Record:
+def record_of(info: Info, flags: int, depth: int, numbers: tuple[int, int, int, int, int]) -> Record:
     return Record(info.kind, flags, depth, *numbers, encode_info(info))
 
 
 RECORDS = st.builds(
-    record_of, INFOS, st.sampled_from([0, BROKEN]), st.integers(0, 2**16 - 1), st.tuples(U64, U64, U64, U64)
+    record_of, INFOS, st.sampled_from([0, BROKEN]), st.integers(0, 2**16 - 1), st.tuples(U64, U64, U64, U64, U64)
 )
 LMDB_KEY_BYTES_MAX = 511
 

@@ -24,7 +24,7 @@ STEM = "n" * 400
 def record(
     name: str, id_: int, parent: str = "", parent_id: int = 0, kind: Kind = Kind.COMMITTED, **labels: str
 ) -> Record:
-    return Record(kind, 0, 0, id_, parent_id, 0, 0, encode_info(Info(name, kind, parent, labels)))
+    return Record(kind, 0, 0, id_, parent_id, 0, 0, 0, encode_info(Info(name, kind, parent, labels)))
 
 
 def insert_all(environment: Environment, snapshots: Snapshots, names: list[str], namespace: str = "ns") -> None:

@@ -28,6 +28,8 @@ CALLS_MAX: Final = 1024
 """Most calls in one request."""
 REQUEST_ID_BYTES_MAX: Final = 64
 """Longest request id."""
+TOKEN_BYTES_MAX: Final = 64
+"""Longest idempotency token."""
 TARGET_BYTES_MAX: Final = 64
 """Longest snapshotter name."""
 BODY_BYTES_MAX: Final = 16 * 1024 * 1024
@@ -76,18 +78,21 @@ class Commit(Message, frozen=True, tag_field="verb", tag="commit"):
     parent: str = ""
     labels: dict[str, str] = {}
     sync: bool = False
+    fence: int = 0
 
 
 class Remove(Message, frozen=True, tag_field="verb", tag="remove"):
     """Remove a snapshot of any kind that has no children: answers `Empty`."""
 
     key: str
+    fence: int = 0
 
 
 class Mounts(Message, frozen=True, tag_field="verb", tag="mounts"):
     """The mounts of an active snapshot or view: answers `MountsAnswer`."""
 
     key: str
+    fence: int = 0
 
 
 class Stat(Message, frozen=True, tag_field="verb", tag="stat"):
@@ -165,13 +170,15 @@ class Request(Message, frozen=True):
     """The body of a request.
 
     `atomic`: all calls take effect, in their order, or none does. `timeout_ms`: a call that has not begun
-    this long after its arrival is not executed; 0 is the broker's default.
+    this long after its arrival is not executed; 0 is the broker's default. `token`: a repeat of the request with the
+    same token gets the first answers, and nothing is changed twice.
     """
 
     calls: Annotated[tuple[Call, ...], msgspec.Meta(min_length=1, max_length=CALLS_MAX)]
     namespace: str = ""
     atomic: bool = False
     timeout_ms: int = 0
+    token: Annotated[bytes, msgspec.Meta(max_length=TOKEN_BYTES_MAX)] = b""
 
 
 # Answers.
@@ -182,9 +189,14 @@ class Empty(Message, frozen=True):
 
 
 class MountsAnswer(Message, frozen=True):
-    """The mounts to make, in order."""
+    """The mounts to make, in order.
+
+    `fence` is the snapshot's fencing number, the sequence of the event that made it: commit, remove and mounts that
+    carry it are refused once the key stands for another snapshot.
+    """
 
     mounts: tuple[Mount, ...]
+    fence: int = 0
 
 
 class WalkPage(Message, frozen=True):
