@@ -138,8 +138,11 @@ class Router:
             return
         lane = self._lanes.get(target)
         if lane is None:
-            names = ", ".join(sorted(name.decode() for name in self._lanes)) or "none"
-            raise NotFound(f"no snapshotter {target[:64].decode(errors='replace')!r}; there are: {names}")
+            names = sorted(name.decode() for name in self._lanes)
+            raise NotFound(
+                f"no snapshotter {target[:64].decode(errors='replace')!r}; there are: {', '.join(names) or 'none'}",
+                {"snapshotters": names},
+            )
         if lane.actor.state != "ready":
             raise Unavailable(
                 f"snapshotter {lane.actor.name!r} is {lane.actor.state}, repeat in a moment",

@@ -595,7 +595,15 @@ def turned_down() -> Iterator[Vector]:
         "exchange-unknown-snapshotter",
         "There is no such target.",
         ask(prepare, target=b"zfs"),
-        tell(Reply(error=Fault(code="not_found", message="no snapshotter 'zfs'; there are native, overlayfs"))),
+        tell(
+            Reply(
+                error=Fault(
+                    code="not_found",
+                    message="no snapshotter 'zfs'; there are: native, overlayfs",
+                    details={"snapshotters": ["native", "overlayfs"]},
+                )
+            )
+        ),
     )
     yield talk("exchange-mailbox-full", "Too much at once: come back later.", ask(prepare), tell(Reply(error=full)))
     yield talk(
