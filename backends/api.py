@@ -229,8 +229,8 @@ class Copying(Protocol):
         """The part of `create` that computes; not durable. On any error, nothing of it is left."""
         ...
 
-    def flush(self, snapshot: Snapshot) -> None:
-        """Make what `build` made durable; concurrent callers share one flush."""
+    def flush(self, snapshots: Sequence[Snapshot]) -> None:
+        """Make what `build` made durable, all of them at once; concurrent callers share one flush."""
         ...
 
 

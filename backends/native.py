@@ -29,7 +29,9 @@ import msgspec
 
 from backends import files
 from backends.api import Options, Support, Task
-from backends.copying import Reflink, copy_tree
+from backends.copying import copy_tree
+from backends.entries import Reflink
+from backends.patterns import Patterns
 from backends.syscalls import clone_file
 from snapbroker.contract import Kind, Mount, Usage
 from snapbroker.errors import FailedPrecondition
@@ -102,21 +104,26 @@ class Native:
         self._prefix = f"{shelf.snapshots}/"
         self._directories = files.DirectorySync(shelf.snapshots_fd)
         self._sync = files.FilesystemSync(shelf.root_fd)
+        self._patterns = Patterns()
 
     def create(self, snapshot: Snapshot, task: Task) -> None:
         """An empty directory, or a copy of the parent's, flushed; nothing for a view of a parent."""
         self.build(snapshot, task)
         try:
-            self.flush(snapshot)
+            self.flush([snapshot])
             task.advance(0)
         except BaseException:
             self._undo_create(str(snapshot.id))
             raise
 
-    def flush(self, snapshot: Snapshot) -> None:
-        """Write a copy's data and directories to disk, in one flush of the filesystem for all who wait for one."""
-        if snapshot.parents and not _borrows(snapshot):
+    def flush(self, snapshots: Sequence[Snapshot]) -> None:
+        """Write copies' data and directories to disk, in one flush of the filesystem for all who wait for one."""
+        made = [snapshot for snapshot in snapshots if not _borrows(snapshot)]
+        if any(snapshot.parents for snapshot in made):
             self._sync.sync()
+            return
+        for snapshot in made:
+            self._directories.sync((str(snapshot.id),), self._shelf.snapshots_fd)
 
     def build(self, snapshot: Snapshot, task: Task) -> None:
         """Make the directory and copy the parent's tree into it."""
@@ -125,7 +132,8 @@ class Native:
             os.stat(self._path(snapshot.parents[0]))
             return
         name = str(snapshot.id)
-        os.mkdir(name, _ROOT_MODE, dir_fd=self._shelf.snapshots_fd)
+        # A copy's directory gets the mode of its original at the end.
+        os.mkdir(name, 0o700 if snapshot.parents else _ROOT_MODE, dir_fd=self._shelf.snapshots_fd)
         try:
             if snapshot.parents:
                 self._copy(snapshot, task)
@@ -137,14 +145,19 @@ class Native:
             raise
 
     def _copy(self, snapshot: Snapshot, task: Task) -> None:
-        source, destination = self._path(snapshot.parents[0]), self._path(snapshot.id)
-        copy_tree(source, destination, task, self.options.copy_threads, self.options.reflink)
+        parent = snapshot.parents[0]
+        source, destination = self._path(parent), self._path(snapshot.id)
+        if self._patterns.copy(parent, source, destination, task):
+            return
+        before = (task.entries, task.bytes)
+        options = self.options
+        if not copy_tree(source, destination, task, options.copy_threads, options.reflink, self._sync.sync):
+            self._patterns.copied(parent, task.entries - before[0], task.bytes - before[1])
 
     def _finish_empty(self, name: str) -> None:
         # The umask may have taken some of it (C23).
         if stat.S_IMODE(os.stat(name, dir_fd=self._shelf.snapshots_fd).st_mode) != _ROOT_MODE:
             os.chmod(name, _ROOT_MODE, dir_fd=self._shelf.snapshots_fd)
-        self._directories.sync((name,), self._shelf.snapshots_fd)
 
     def _undo_create(self, name: str) -> None:
         try:

@@ -17,7 +17,8 @@ import structlog
 from backends import registry
 from backends.api import Copying, Pooled
 from broker.lock import lock_directory
-from broker.snapshotter.hands import IDLE_S, Crew, Hand, Place
+from broker.snapshotter.crew import Crew
+from broker.snapshotter.hands import IDLE_S, Hand, Place
 from broker.snapshotter.ids import Ids
 from broker.snapshotter.limits import SnapshotterLimits
 from broker.snapshotter.operations import Delivery

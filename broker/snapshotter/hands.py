@@ -1,4 +1,4 @@
-"""A child process for the file work that never ends: stocking directories and deleting trees.
+"""A child process for the file work that never ends: stocking directories, deleting trees and copying them.
 
 In a thread of the actor this work would take the interpreter from the loop and the writer at every system call, tens
 of thousands of times a second; in a process of its own it takes what the processors have to spare. The child opens
@@ -22,14 +22,14 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from backends.api import Copying, Snapshot, Task
+from backends.api import Snapshot, Task
 from broker.actor.lineage import die_with_parent
 from snapbroker.contract import Kind
 from snapbroker.errors import BrokerError, Cancelled, Unavailable
 from snapbroker.protocol import Fault, error_of, fault
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 IDLE_S: Final = 20.0
 """After this long without a request the child is let go."""
@@ -56,15 +56,15 @@ class Wanted(msgspec.Struct, frozen=True):
 
 
 class Job(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One request to the child: ids to stock, tokens to delete, or a snapshot to build."""
+    """One request to the child: ids to stock, tokens to delete, or snapshots to build."""
 
     stock: list[int] = []
     delete: list[str] = []
-    build: Wanted | None = None
+    build: list[Wanted] = []
 
 
 class Answer(msgspec.Struct, omit_defaults=True):
-    """What the child says: how far it is, and at the end how it went; `failed` by token."""
+    """What the child says: how far it is, and at the end how it went; `failed` by token, `built` in their order."""
 
     done: bool = False
     entries: int = 0
@@ -73,6 +73,7 @@ class Answer(msgspec.Struct, omit_defaults=True):
     path: str = ""
     error: Fault | None = None
     failed: dict[str, str] = {}
+    built: list[Answer] = []
 
 
 _decode_job = msgspec.msgpack.Decoder(Job).decode
@@ -111,10 +112,13 @@ class Hand:
         """As `backends.api.Pooled.stock`."""
         raise_failure(self._ask(Job(stock=list(ids)), task))
 
-    def build(self, snapshot: Snapshot, task: Task) -> None:
-        """As `backends.api.Copying.build`; when it ends in the middle, what there is of it is a left-over."""
-        wanted = Wanted(snapshot.id, snapshot.kind, snapshot.parents, dict(snapshot.labels))
-        raise_failure(self._ask(Job(build=wanted), task))
+    def build(self, snapshots: Sequence[Snapshot], task: Task) -> list[Answer]:
+        """As `backends.api.Copying.build` for each; an answer each, with its failure or how much was copied.
+
+        When it ends in the middle, Cancelled or Unavailable, what there is of them is left over.
+        """
+        wanted = [Wanted(one.id, one.kind, one.parents, dict(one.labels)) for one in snapshots]
+        return self._ask(Job(build=wanted), task).built
 
     def delete(self, tokens: Sequence[str], task: Task) -> dict[str, str]:
         """Delete discarded entries; what could not be deleted, with the reason."""
@@ -143,6 +147,11 @@ class Hand:
         if self._closed:
             raise Cancelled("the actor is stopping")
         raise Unavailable("the helper process ended in the middle of its work")
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a child, which takes a tenth of a second to start."""
+        return self._child is not None
 
     def _started(self) -> subprocess.Popen[bytes]:
         with self._lock:
@@ -188,93 +197,18 @@ class Hand:
                 self._child.kill()
 
 
-def raise_failure(answer: Answer) -> None:
+def failure_of(answer: Answer) -> Exception | None:
     """The error that an answer brings, if it does."""
     if answer.errno:
-        raise OSError(answer.errno, os.strerror(answer.errno), answer.path)
-    if answer.error is not None:
-        raise error_of(answer.error)
+        return OSError(answer.errno, os.strerror(answer.errno), answer.path)
+    return None if answer.error is None else error_of(answer.error)
 
 
-class Crew:
-    """Several hands for a backend whose `create` computes: threads would wait for one interpreter.
-
-    A lone snapshot is built in the caller's own thread, without the way to another process and back; when several are
-    built at a time they go to hands, started as they are needed. The flush is made here, where all share it.
-    """
-
-    def __init__(self, backend: Copying, discard: Callable[[int], None], place: Place, size: int, lock: int) -> None:
-        self._backend = backend
-        self._discard = discard
-        self._place = place
-        self._lock_descriptor = lock
-        self._condition = threading.Condition()
-        self._free: list[Hand] = []
-        self._unused = size
-        self._hands: list[Hand] = []
-        self._building = 0
-
-    def create(self, snapshot: Snapshot, task: Task) -> None:
-        """As `backends.api.Backend.create`, and as blocking."""
-        with self._condition:
-            self._building += 1
-            alone = self._building == 1
-        try:
-            if alone:
-                self._backend.build(snapshot, task)
-            else:
-                self._hand_over(snapshot, task)
-        finally:
-            with self._condition:
-                self._building -= 1
-        try:
-            self._backend.flush(snapshot)
-            task.advance(0)
-        except BaseException:
-            self._discard(snapshot.id)
-            raise
-
-    def _hand_over(self, snapshot: Snapshot, task: Task) -> None:
-        hand = self._take()
-        try:
-            hand.build(snapshot, task)
-        except (Cancelled, Unavailable):
-            # The child was ended in the middle of it.
-            self._discard(snapshot.id)
-            raise
-        finally:
-            with self._condition:
-                self._free.append(hand)
-                self._condition.notify()
-
-    def _take(self) -> Hand:
-        with self._condition:
-            if not self._free and self._unused:
-                self._unused -= 1
-                hand = Hand(self._place, 0, self._lock_descriptor)
-                self._hands.append(hand)
-                return hand
-            while not self._free:
-                self._condition.wait()
-            return self._free.pop()
-
-    def rest(self) -> None:
-        """Let go of hands that have nothing to do; called now and then."""
-        with self._condition:
-            if self._building:
-                return
-            for hand in self._free:
-                hand.let_go_if_idle()
-
-    def close(self) -> None:
-        """End the hands for good."""
-        for hand in self._hands:
-            hand.close()
-
-    def wait(self) -> None:
-        """After `close`: wait until they are gone."""
-        for hand in self._hands:
-            hand.let_go()
+def raise_failure(answer: Answer) -> None:
+    """Raise the error that an answer brings, if it does."""
+    failure = failure_of(answer)
+    if failure is not None:
+        raise failure
 
 
 # The child.
@@ -306,13 +240,18 @@ def main() -> None:
 def serve(backend: Any, job: Job) -> Answer:
     """Do one job; the errors travel."""
     try:
-        if job.build is not None:
-            return build(backend, job.build)
+        if job.build:
+            return Answer(built=[build(backend, wanted) for wanted in job.build])
         return stock(backend, job.stock) if job.stock else delete(backend, job.delete)
-    except OSError as error:
+    except (OSError, BrokerError) as error:
+        return failed(error)
+
+
+def failed(error: OSError | BrokerError) -> Answer:
+    """The answer that brings an error."""
+    if isinstance(error, OSError):
         return Answer(errno=error.errno or errno.EIO, path=str(error.filename or ""))
-    except BrokerError as error:
-        return Answer(error=fault(error))
+    return Answer(error=fault(error))
 
 
 def stock(backend: Any, ids: list[int]) -> Answer:
@@ -322,10 +261,13 @@ def stock(backend: Any, ids: list[int]) -> Answer:
 
 
 def build(backend: Any, wanted: Wanted) -> Answer:
-    """Build a snapshot."""
+    """Build a snapshot; how much was copied, or why it failed."""
     task = Telling()
-    backend.build(Snapshot(wanted.id, wanted.kind, wanted.parents, wanted.labels), task)
-    return task.untold()
+    try:
+        backend.build(Snapshot(wanted.id, wanted.kind, wanted.parents, wanted.labels), task)
+    except (OSError, BrokerError) as error:
+        return failed(error)
+    return Answer(entries=task.entries, bytes=task.bytes)
 
 
 class Telling(Task):

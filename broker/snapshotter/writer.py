@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import lmdb
@@ -23,6 +24,7 @@ import msgspec
 import structlog
 
 from backends.api import Backend, Glance, Snapshot, Task, TooMany
+from broker.snapshotter.crew import Order
 from broker.snapshotter.errors import error_of
 from broker.snapshotter.operations import Delivery, Labour, Made, Need, Operation, Result
 from broker.snapshotter.verbs import Scene, Verbs
@@ -46,7 +48,7 @@ from snapbroker.protocol import error_of as error_of_fault
 if TYPE_CHECKING:
     from lmdb import Transaction
 
-    from broker.snapshotter.hands import Crew
+    from broker.snapshotter.crew import Crew
     from broker.snapshotter.ids import Ids
     from broker.snapshotter.pool import Pool
     from broker.store import Environment, Journal, Outcomes, Snapshots, Token
@@ -387,6 +389,10 @@ class Writer:
             if need.labour is Labour.STOCK and self._pool is not None:
                 self._pool.park(lambda got, index=index, need=need: self._stocked(operation, index, need, got))  # type: ignore[misc]
                 return
+            if need.labour is Labour.CREATE and self._crew is not None:
+                check, done = partial(_check_begins, operation), partial(self._created, operation, index, need)
+                self._crew.submit(Order(need.snapshot, operation.task, check, done))
+                return
         try:
             self._executor.submit(self._labour, operation, needs)
         except RuntimeError as error:
@@ -402,21 +408,28 @@ class Writer:
             operation.failure, operation.failed = got, index
         self._inbox.put(operation)
 
+    def _created(self, operation: Operation, index: int, need: Need, failure: Exception | None) -> None:
+        """The crew made a snapshot for a call, or could not; queue the operation again."""
+        if failure is None:
+            operation.made[index] = Made(need.labour, need.snapshot)
+        else:
+            operation.failure, operation.failed = error_of(failure, need.labour.value), index
+        self._inbox.put(operation)
+
     def _labour(self, operation: Operation, needs: list[tuple[int, Need]]) -> None:
         """Do what a call needs, in a worker's thread, and queue the operation again."""
         task = operation.task or Task()
         for index, need in needs:
             try:
                 task.advance(0)
-                if not operation.made:
-                    _check_deadline(operation, time.monotonic_ns())
+                _check_begins(operation)
                 operation.made[index] = self._labours[need.labour](need, task)
             except Exception as error:
                 operation.failure, operation.failed = error_of(error, need.labour.value), index
         self._inbox.put(operation)
 
     def _create(self, need: Need, task: Task) -> Made:
-        (self._crew or self._backend).create(need.snapshot, task)
+        self._backend.create(need.snapshot, task)
         return Made(need.labour, need.snapshot)
 
     def _commit(self, need: Need, task: Task) -> Made:
@@ -489,6 +502,12 @@ def _outcome_of(number: int, result: Result) -> Outcome:
 
 def _result_of(outcome: Outcome) -> Result:
     return bytes(outcome.ok) if outcome.error is None else error_of_fault(outcome.error)
+
+
+def _check_begins(operation: Operation) -> None:
+    """A deadline is of the beginning: what has made something already goes on."""
+    if not operation.made:
+        _check_deadline(operation, time.monotonic_ns())
 
 
 def _shared(operation: Operation, failed: int, error: BrokerError) -> list[Result]:

@@ -10,9 +10,10 @@ import threading
 
 import pytest
 
-from backends import btrfs_ioctl, copying, syscalls
+from backends import btrfs_ioctl, copying, entries, syscalls
 from backends.api import Task
-from backends.copying import BATCH_FILES, CHUNK_BYTES, copy_tree
+from backends.copying import BATCH_FILES, copy_tree
+from backends.entries import CHUNK_BYTES
 from snapbroker.errors import Cancelled
 
 pytestmark = pytest.mark.root
@@ -139,7 +140,7 @@ def open_and_read(path):
 def data_ranges(path, size):
     fd = os.open(path, os.O_RDONLY)
     try:
-        return list(copying._data(fd, size))
+        return list(entries._data(fd, size))
     finally:
         os.close(fd)
 
@@ -197,6 +198,22 @@ class TestFidelity:
         finally:
             os.umask(before)
         assert picture(place / "copy") == picture(source)
+
+    @pytest.mark.parametrize("umask", [0o000, 0o027, 0o777])
+    def test_modes_whatever_the_umask(self, scratch, umask):
+        source = scratch / "source"
+        source.mkdir()
+        for mode in (0o000, 0o444, 0o600, 0o644, 0o666, 0o755, 0o777, 0o1644, 0o2755, 0o4755):
+            for number in range(2):
+                (source / f"{mode:o}-{number}").write_text("text")
+                os.chown(source / f"{mode:o}-{number}", number, number)
+                (source / f"{mode:o}-{number}").chmod(mode)
+        before = os.umask(umask)
+        try:
+            copy_tree(source, scratch / "copy", Task())
+        finally:
+            os.umask(before)
+        assert picture(scratch / "copy") == picture(source)
 
     def test_an_existing_empty_directory_is_filled(self, scratch):
         source = scratch / "source"
@@ -317,7 +334,7 @@ class TestTask:
         source = scratch / "source"
         source.mkdir()
         plant(source)
-        entries = sum(
+        expected = sum(
             1 + len(files) + sum(os.path.islink(os.path.join(d, n)) for n in names)
             for d, names, files in os.walk(source)
         )
@@ -330,7 +347,7 @@ class TestTask:
         for batch in (1, 64):
             task = Task()
             copy_tree(source, scratch / f"copy-{batch}", task)
-            assert (task.entries, task.bytes) == (entries, sum(regular.values()))
+            assert (task.entries, task.bytes) == (expected, sum(regular.values()))
 
     @pytest.mark.parametrize("threads", [1, 2, 4])
     def test_a_cancelled_copy_stops_all_threads(self, scratch, threads):
@@ -387,6 +404,68 @@ class TestTask:
             copy_tree(source, scratch / "other", Task())
 
 
+class TestEarlyFlush:
+    @pytest.fixture
+    def source(self, scratch):
+        source = scratch / "source"
+        source.mkdir()
+        for number in range(8):
+            (source / f"file-{number}").write_bytes(os.urandom(MEBIBYTE))
+        return source
+
+    def test_it_is_called_beside_the_copying(self, scratch, source, monkeypatch):
+        monkeypatch.setattr(copying, "UNFLUSHED_BYTES", 3 * MEBIBYTE)
+        begun, flushed = threading.Event(), []
+
+        class Waiting(Task):
+            def advance(self, entries=1, size=0):
+                super().advance(entries, size)
+                if self.bytes == 4 * MEBIBYTE:
+                    begun.wait(30)
+
+        def flush():
+            flushed.append(threading.current_thread())
+            begun.set()
+
+        task = Waiting()
+        copy_tree(source, scratch / "copy", task, flush=flush)
+        assert begun.is_set()
+        assert task.bytes == 8 * MEBIBYTE
+        assert 1 <= len(flushed) <= 2
+        assert threading.current_thread() not in flushed
+        assert not flushed[0].is_alive()
+
+    def test_a_small_copy_is_left_to_the_caller(self, scratch, source):
+        copy_tree(source, scratch / "copy", Task(), flush=lambda: pytest.fail("it was called"))
+
+    def test_blocks_that_are_shared_need_none(self, filesystem, monkeypatch):
+        monkeypatch.setattr(copying, "UNFLUSHED_BYTES", MEBIBYTE)
+        root = filesystem("xfs")
+        (root / "source").mkdir()
+        (root / "source/file").write_bytes(os.urandom(4 * MEBIBYTE))
+        shared = copy_tree(root / "source", root / "copy", Task(), flush=lambda: pytest.fail("it was called"))
+        assert shared
+        assert not copy_tree(root / "source", root / "other", Task(), reflink="never")
+
+    def test_its_failure_is_the_copy_s(self, scratch, source, monkeypatch):
+        monkeypatch.setattr(copying, "UNFLUSHED_BYTES", MEBIBYTE)
+
+        def flush():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        with pytest.raises(OSError, match="Input/output"):
+            copy_tree(source, scratch / "copy", Task(), flush=flush)
+
+    def test_a_copy_that_fails_says_its_own_reason(self, scratch, source, monkeypatch):
+        monkeypatch.setattr(copying, "UNFLUSHED_BYTES", MEBIBYTE)
+
+        def flush():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        with pytest.raises(Cancelled):
+            copy_tree(source, scratch / "copy", CancelledAfter(12), flush=flush)
+
+
 class TestFallbacks:
     """What other kernels and filesystems answer, played by the calls themselves."""
 
@@ -410,7 +489,7 @@ class TestFallbacks:
         source = scratch / "source"
         source.mkdir()
         plant(source)
-        monkeypatch.setattr(copying, "clone_file", refuse)
+        monkeypatch.setattr(entries, "clone_file", refuse)
         copy_tree(source, scratch / "copy", Task())
         assert picture(scratch / "copy") == picture(source)
 
@@ -420,7 +499,7 @@ class TestFallbacks:
 
         (scratch / "source").mkdir()
         (scratch / "source/large").write_bytes(bytes(MEBIBYTE))
-        for name, module in (("clone_file", copying), ("copy_file_range", os), ("setxattr", os)):
+        for name, module in (("clone_file", entries), ("copy_file_range", os), ("setxattr", os)):
             os.setxattr(scratch / "source/large", "user.note", b"text")
             with monkeypatch.context() as patch:
                 patch.setattr(module, name, fail)

@@ -7,13 +7,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from backends import syscalls
+from backends import native, patterns, syscalls
 from backends.api import Snapshot, Task
 from backends.copying import BATCH_FILES
 from backends.native import Native, NativeOptions
 from backends.testsuite import MEBIBYTE, BackendSuite, Look, commit, contents, create, empty_trash, mode
 from snapbroker.contract import Kind, Usage
 from snapbroker.errors import Cancelled, FailedPrecondition
+from tests.backends.test_copying import physical, picture
 
 pytestmark = pytest.mark.root
 
@@ -141,6 +142,36 @@ class TestCreate:
         for id_ in range(2, 66):
             assert {name: (own(backend, id_) / name).read_bytes() for name in os.listdir(own(backend, id_))} == expected
 
+    def test_a_warm_base_is_not_read_again(self, backend, monkeypatch):
+        monkeypatch.setattr(patterns, "REST_S", 0)
+        monkeypatch.setattr(patterns, "SETTLED_NS", -(10**12))
+        base = base_with_files(backend, 8)
+        expected = picture(own(backend, 1))
+        for id_ in (2, 3):
+            create(backend, id_, Kind.ACTIVE, (base.id,))
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "copy_tree", None)
+            child = create(backend, 4, Kind.ACTIVE, (base.id,))
+        assert [picture(own(backend, id_)) for id_ in (2, 3, 4)] == [expected] * 3
+        assert backend.usage(child, Task()) == Usage()
+        (own(backend, 1) / "file-7").write_text("damaged")
+        create(backend, 5, Kind.ACTIVE, (base.id,))
+        assert (own(backend, 5) / "file-7").read_text() == "damaged"
+
+    def test_a_base_whose_blocks_are_shared_is_shared_again(self, filesystem, monkeypatch):
+        monkeypatch.setattr(patterns, "REST_S", 0)
+        monkeypatch.setattr(patterns, "SETTLED_NS", -(10**12))
+        backend = Native.open(filesystem("xfs") / "root", NativeOptions())
+        try:
+            base = base_with_files(backend, 8)
+            os.sync()
+            for id_ in (2, 3, 4):
+                create(backend, id_, Kind.ACTIVE, (base.id,))
+            blocks = {tuple(physical(own(backend, id_) / "file-0")) for id_ in (1, 2, 3, 4)}
+            assert len(blocks) == 1
+        finally:
+            backend.close()
+
     def test_a_copy_shares_blocks_where_it_can(self, filesystem):
         root = filesystem("xfs")
         used = {}
@@ -207,6 +238,30 @@ class TestPowerCut:
                 assert (copy / "directory/file").read_bytes() == b"x" * MEBIBYTE
                 assert (copy / "small").read_text() == "text"
                 assert copy.stat().st_mtime_ns == 4
+        finally:
+            backend.close()
+
+    @pytest.mark.parametrize("kind", ["ext4", "ext4-nojournal", "xfs", "btrfs"])
+    def test_what_was_flushed_together_is_there(self, disk, kind):
+        disk = disk(kind)
+        backend = Native.open(disk.root / "root", NativeOptions())
+        try:
+            snapshots = [Snapshot(id_, Kind.ACTIVE) for id_ in range(1, 6)]
+            for snapshot in snapshots:
+                backend.build(snapshot, Task())
+            backend.flush(snapshots)
+            with disk.after_power_cut() as root:
+                assert sorted(os.listdir(root / "root/snapshots")) == ["1", "2", "3", "4", "5"]
+                assert mode(root / "root/snapshots/5") == 0o755
+            (own(backend, 1) / "file").write_text("text")
+            base = commit(backend, snapshots[0])
+            snapshots = [Snapshot(6, Kind.ACTIVE), Snapshot(7, Kind.ACTIVE, (base.id,)), Snapshot(8, Kind.ACTIVE)]
+            for snapshot in snapshots:
+                backend.build(snapshot, Task())
+            backend.flush(snapshots)
+            with disk.after_power_cut() as root:
+                assert {"6", "7", "8"} < set(os.listdir(root / "root/snapshots"))
+                assert (root / "root/snapshots/7/file").read_text() == "text"
         finally:
             backend.close()
 
