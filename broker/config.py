@@ -269,12 +269,14 @@ def _check_numbers(table: dict[str, Any], where: str, source: str) -> None:
         if isinstance(value, dict) and key != "options":
             _check_numbers(value, f"{where}{key}.", source)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            lowest = 0 if key in ("workers", "hands", "pool_min") else 1e-3
+            lowest = 0 if key in MAY_BE_NOTHING else 1e-3
             highest = BYTES_MAX if key.endswith("bytes") or "_bytes_" in key else NUMBER_MAX
             if not lowest <= value <= highest:
                 raise InvalidArgument(f"{source}: {where}{key}: must be above 0 and at most {highest}, not {value}")
 
 
+MAY_BE_NOTHING: Final = frozenset(("workers", "hands", "pool_min", "reserve_bytes", "reserve_inodes", "ballast_bytes"))
+"""Numbers that may be 0, which switches something off or leaves it to the backend."""
 LAYERS_MAX: Final = 500
 """Most lower layers of an overlay, by the kernel."""
 WORKERS_MAX: Final = 1024

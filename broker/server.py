@@ -22,6 +22,7 @@ from broker.lock import lock_directory
 from broker.publisher import Publisher
 from broker.router import Router
 from broker.snapshotter.actor import Setup
+from broker.snapshotter.space import Ballast
 from snapbroker.errors import BrokerError, FailedPrecondition, Unimplemented
 from snapbroker.protocol import Outcome, Reply, Status, StatusAnswer, decode_request, encode, fault
 
@@ -62,6 +63,8 @@ def examine(config: Config) -> list[Finding]:
 def _examine(config: Config, name: str, section: SnapshotterSection) -> Finding:
     backend = section.backend or name
     root = Path(section.root or config.root_path / name)
+    database = Path(section.metadata or root / "metadata")
+    Ballast((root, database), section.limits.space.ballast_bytes).let_go_if_needed()
     found: Support | None = None
     missing: tuple[str, ...] = ()
     try:

@@ -468,10 +468,18 @@ def _write_table(table: Mapping[str, Any], where: str, lines: list[str]) -> None
             _write_table(value, f"{where}{key}.", lines)
 
 
+def btrfs_filesystem(size_bytes: int = 2 << 30) -> contextlib.AbstractContextManager[Path]:
+    """A mounted btrfs, see `loop_filesystem`."""
+    return loop_filesystem("btrfs", size_bytes)
+
+
 @contextlib.contextmanager
-def btrfs_filesystem(size_bytes: int = 2 << 30) -> Iterator[Path]:
-    """A mounted btrfs on a sparse image behind a loop device; unmounted, detached and deleted at the end."""
-    place = Path(tempfile.mkdtemp(prefix="snb-btrfs-", dir=SCRATCH))
+def loop_filesystem(kind: str, size_bytes: int, *options: str) -> Iterator[Path]:
+    """A mounted filesystem on a sparse image behind a loop device; unmounted, detached and deleted at the end.
+
+    `options` are for its mkfs.
+    """
+    place = Path(tempfile.mkdtemp(prefix=f"snb-{kind}-", dir=SCRATCH))
     image, target = place / "image", place / "mnt"
     target.mkdir()
     with contextlib.ExitStack() as undo:
@@ -480,7 +488,7 @@ def btrfs_filesystem(size_bytes: int = 2 << 30) -> Iterator[Path]:
             file.truncate(size_bytes)
         device = _run("losetup", "--find", "--show", image).strip()
         undo.callback(_run, "losetup", "--detach", device)
-        _run("mkfs.btrfs", "--quiet", device)
+        _run(f"mkfs.{kind}", "-q", *options, device)
         _run("mount", device, target)
         # Lazily: a test that failed may have left somebody inside, and the image is to go all the same.
         undo.callback(_run, "umount", "--lazy", target)

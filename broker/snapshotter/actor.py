@@ -26,6 +26,7 @@ from broker.snapshotter.pool import Pool
 from broker.snapshotter.reader import Reader
 from broker.snapshotter.recovery import Recovery
 from broker.snapshotter.service import Send, Service
+from broker.snapshotter.space import Ballast, Space
 from broker.snapshotter.trash import Trash
 from broker.snapshotter.verbs import Verbs
 from broker.snapshotter.writer import Writer
@@ -66,6 +67,9 @@ class SnapshotterActor:
         limits = setup.limits
         root = Path(setup.root)
         self._lock = lock_directory(root, "root")
+        places = (root, Path(setup.metadata))
+        self._ballast = Ballast(places, limits.space.ballast_bytes)
+        self._ballast.let_go_if_needed()
         backend_type = registry.load(setup.backend)
         self.backend = backend_type.open(root, msgspec.convert(setup.options, backend_type.Options))
         self._environment = Environment(Path(setup.metadata), limits.store)
@@ -84,7 +88,9 @@ class SnapshotterActor:
             size = limits.hands or self.backend.hands
             self._crew = Crew(self.backend, lambda id_: self._trash.discard(id_, None), place, size, self._lock)
         layers_max = min(limits.layers_max, getattr(self.backend, "layers_max", limits.layers_max))
-        verbs = Verbs(self.backend, snapshots, ids, self._pool, self._trash, layers_max)
+        self._space = Space(places, limits.space)
+        self._ballast = Ballast(places, limits.space.ballast_bytes)
+        verbs = Verbs(self.backend, snapshots, ids, self._pool, self._trash, self._space, layers_max)
         self._deliver: Callable[[Delivery], None] = lambda _delivery: None
         self._writer = Writer(
             self._environment,
@@ -157,6 +163,7 @@ class SnapshotterActor:
         """The figures for `status`, encoded; the rhythm of its calls is also that of small chores."""
         if self._crew is not None:
             self._crew.rest()
+        self._ballast.tend(self._setup.limits.space.reserve_bytes)
         queues = {**self._writer.statistics(), "recovery": self._recovery.statistics()}
         if self.service is not None:
             queues.update(self.service.statistics())
@@ -164,6 +171,7 @@ class SnapshotterActor:
             queues["pool"] = self._pool.statistics()
         with self._environment.read() as txn:
             queues["outcomes"] = self._outcomes.statistics(txn)
+        queues["space"] = self._space.statistics()
         queues["store"] = self._environment.statistics()
         return encode(
             ActorStatus(

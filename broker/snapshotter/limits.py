@@ -6,6 +6,7 @@ import msgspec
 
 from broker.snapshotter.pool import PoolLimits
 from broker.snapshotter.service import ServiceLimits
+from broker.snapshotter.space import SpaceLimits
 from broker.snapshotter.writer import WriterLimits
 from broker.store import OutcomeRetention, Retention, StoreLimits
 
@@ -16,6 +17,7 @@ class SnapshotterLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     store: StoreLimits = StoreLimits()
     journal: Retention = Retention()
     outcomes: OutcomeRetention = OutcomeRetention()
+    space: SpaceLimits = SpaceLimits()
     pool: PoolLimits = PoolLimits()
     writer: WriterLimits = WriterLimits()
     service: ServiceLimits = ServiceLimits()

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from broker.snapshotter.ids import Ids
     from broker.snapshotter.pool import Pool
+    from broker.snapshotter.space import Space
     from broker.snapshotter.trash import Trash
     from broker.store import Snapshots
     from broker.store.journal import Turn
@@ -127,6 +128,7 @@ class Verbs:
         ids: Ids,
         pool: Pool | None,
         trash: Trash,
+        space: Space,
         layers_max: int,
     ) -> None:
         self._backend = backend
@@ -136,6 +138,7 @@ class Verbs:
         self._ids = ids
         self._pool = pool
         self._trash = trash
+        self._space = space
         self._layers_max = layers_max
         self.holds = Holds()
         self.touched: Callable[[int], None] = lambda _id: None
@@ -183,6 +186,7 @@ class Verbs:
         index = self._free(scene, key, "prepare")
         made = scene.made
         if made is None:
+            self._space.check()
             taken = self._take(Snapshot(0, kind, chain, labels))
             if isinstance(taken, tuple):
                 return Need(*taken, creates=index, pins=parent_id)

@@ -1,0 +1,134 @@
+"""Free space: what makes snapshots is refused while there is room to remove some, and a ballast is kept for worse.
+
+A filesystem that is full to its last block serves nobody: a write in somebody's workspace fails half way, and the
+database has no page left to note a removal on. So a prepare or view is refused before that, with the error that
+says when to come again, and removals, commits, reads and the writes into what is mounted already have the reserve.
+
+Those writes, or somebody else's, can take the reserve too. Then the ballast is let go, a file that holds nothing but
+space: enough for the trials of a start and for the pages of a database that only wants to forget. It is taken up again
+when there is room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import structlog
+
+from snapbroker.errors import ResourceExhausted
+
+log = structlog.get_logger()
+
+BALLAST: Final = "ballast"
+_LOOK_NS: Final = 10_000_000
+"""How long a look at the filesystem is believed: far shorter than anything can fill a reserve."""
+RETRY_MS: Final = 1000
+
+
+class SpaceLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is kept free on the filesystems of the root and of the metadata."""
+
+    reserve_bytes: int = 16 * 1024 * 1024
+    """With less free space than this nothing is created."""
+    reserve_inodes: int = 256
+    """With fewer free inodes than this nothing is created; filesystems without a fixed number are not asked."""
+    ballast_bytes: int = 4 * 1024 * 1024
+    """Size of the file that is deleted when less than a quarter of this is free; 0: none."""
+
+
+def of_each_filesystem(places: Sequence[Path]) -> list[Path]:
+    """One place of each filesystem that the places lie on, the last one named."""
+    return list({place.stat().st_dev: place for place in places}.values())
+
+
+class Ballast:
+    """The ballast of one snapshotter, one file on each filesystem that it uses."""
+
+    def __init__(self, places: Sequence[Path], size_bytes: int) -> None:
+        self._files = [place / BALLAST for place in of_each_filesystem([place for place in places if place.is_dir()])]
+        self._size = size_bytes
+
+    def tend(self, reserve_bytes: int) -> None:
+        """Let go where it is needed, take up where there is room for it and the reserve."""
+        for file in self._files:
+            free = _free_bytes(os.statvfs(file.parent))
+            if free < self._size // 4 or not self._size:
+                self._let_go(file)
+            elif free > self._size + reserve_bytes and not file.exists():
+                self._take_up(file)
+
+    def let_go_if_needed(self) -> None:
+        """What a start does first, before anything is tried."""
+        self.tend(reserve_bytes=1 << 62)
+
+    def _let_go(self, file: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            file.unlink()
+            if self._size:
+                log.warning("the filesystem is full: the ballast is let go", file=str(file), bytes=self._size)
+
+    def _take_up(self, file: Path) -> None:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, self._size)
+        except OSError as error:
+            file.unlink()
+            log.warning("no ballast can be taken up", file=str(file), error=error.strerror)
+        finally:
+            os.close(descriptor)
+
+
+class Space:
+    """The room at some places, looked at when asked; used by the writer alone."""
+
+    def __init__(
+        self, places: Sequence[Path], limits: SpaceLimits, clock: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        self._places = of_each_filesystem(places)
+        self._limits = limits
+        self._clock = clock
+        self._looked = -_LOOK_NS
+        self._lack: tuple[str, dict[str, int]] | None = None
+        self._refused = 0
+
+    def check(self) -> None:
+        """Raise ResourceExhausted where the reserve is reached."""
+        moment = self._clock()
+        if moment - self._looked >= _LOOK_NS:
+            self._looked = moment
+            self._lack = next((lack for place in self._places if (lack := self._look(place))), None)
+        if self._lack is not None:
+            self._refused += 1
+            raise ResourceExhausted(*self._lack)
+
+    def _look(self, place: Path) -> tuple[str, dict[str, int]] | None:
+        """What lacks at a place, and the details for the caller."""
+        found = os.statvfs(place)
+        free, inodes = _free_bytes(found), found.f_favail
+        if free < self._limits.reserve_bytes:
+            what = f"{free} bytes are free at {place}, the reserve is {self._limits.reserve_bytes}"
+        elif found.f_files and inodes < self._limits.reserve_inodes:
+            what = f"{inodes} inodes are free at {place}, the reserve is {self._limits.reserve_inodes}"
+        else:
+            return None
+        details = {"retry_after_ms": RETRY_MS, "free_bytes": free, "free_inodes": inodes}
+        return f"{what}: remove snapshots, or make the filesystem larger", details
+
+    def statistics(self) -> dict[str, int]:
+        """For `status`: what is free at the fullest place, and how many calls were refused."""
+        looks = [os.statvfs(place) for place in self._places]
+        return {
+            "free": min(_free_bytes(look) for look in looks),
+            "inodes": min((look.f_favail for look in looks if look.f_files), default=0),
+            "refused": self._refused,
+        }
+
+
+def _free_bytes(found: os.statvfs_result) -> int:
+    return found.f_bavail * found.f_frsize
