@@ -119,8 +119,8 @@ def _during(
 ) -> Iterator[Figure]:
     """Compare the stat latencies of one caller during some work with the idle ones of the same service."""
     for side in bench.sides:
-        if shutil.disk_usage(scratch.PARENT).free < 4 * bench.plan.large_copy_bytes:
-            raise RuntimeError(f"{scratch.PARENT} needs {4 * bench.plan.large_copy_bytes >> 30} GiB of free space")
+        if shutil.disk_usage(scratch.DISK).free < 4 * bench.plan.large_copy_bytes:
+            raise RuntimeError(f"{scratch.DISK} needs {4 * bench.plan.large_copy_bytes >> 30} GiB of free space")
         bench.say(f"{side}: stat during {what}")
         idle: list[Sample] = []
         busy: list[Sample] = []
@@ -128,7 +128,7 @@ def _during(
             service.calls.prepare(READ_KEY)
             for number in range(bench.plan.rounds):
                 work = arrange(service, number)
-                scratch.run(["sync", "--file-system", str(scratch.PARENT)])
+                scratch.run(["sync", "--file-system", str(scratch.DISK)])
                 idle.append(load(service, "stat", prefix="read", seconds=bench.plan.seconds, warmup=bench.plan.warmup))
                 sample, seconds = load_during(service, work, "stat", prefix="read")
                 bench.say(f"{side}: {what} took {seconds:.2f} s, longest stat {sample.max_ms:.1f} ms")

@@ -10,7 +10,9 @@ have a line of their own, and always a hand: the others, large or not known yet,
 
 The flush has a thread too. While small copies are being built it waits until half of what is under way is there: each
 flush writes a journal commit, and everybody under way in one flush would leave the hands idle for as long as it takes.
-A lone order is built and flushed by its thread itself, without the way to another process.
+A lone order is built and flushed by its thread itself, without the way to another process, if it turns out small. A
+large one is begun again by a hand: the interpreter stays free for the loop, and hands take no more of the processors
+than the callers of the other verbs leave.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from backends.api import Task
+from backends.api import Task, TooMany
 from broker.snapshotter.hands import Hand, Place, failure_of
 from snapbroker.contract import Kind
 from snapbroker.errors import Cancelled
@@ -43,6 +45,8 @@ SMALL_ENTRIES: Final = 64
 """Most files and directories of a copy that is small, so that nobody would take it back in the middle."""
 SMALL_BYTES: Final = 1 << 20
 """Most bytes of it."""
+NICENESS: Final = 10
+"""Copying yields to answering."""
 KNOWN_MAX: Final = 4096
 """Parents whose size is remembered."""
 
@@ -65,7 +69,7 @@ class Crew:
     def __init__(self, backend: Copying, discard: Callable[[int], None], place: Place, size: int, lock: int) -> None:
         self._backend = backend
         self._discard = discard
-        self._hands = [Hand(place, 0, lock) for _ in range(size)]
+        self._hands = [Hand(place, NICENESS, lock) for _ in range(size)]
         self._long_max = max(1, size - 1)
         self._lock = threading.Lock()
         self._ordered = threading.Condition(self._lock)
@@ -105,7 +109,7 @@ class Crew:
             built: list[Order] = []
             try:
                 if begun := [order for order in orders if _begins(order)]:
-                    built = self._build_here(begun[0]) if alone else self._hand_over(hand, begun)
+                    built = self._build_alone(hand, begun[0]) if alone else self._hand_over(hand, begun)
             finally:
                 with self._lock:
                     if long:
@@ -136,10 +140,14 @@ class Crew:
                 self._ordered.wait()
         return None
 
-    def _build_here(self, order: Order) -> list[Order]:
+    def _build_alone(self, hand: Hand, order: Order) -> list[Order]:
+        """Build here what is small, and let a hand build what is not."""
         before = (order.task.entries, order.task.bytes)
         try:
-            self._backend.build(order.snapshot, order.task)
+            self._backend.build(order.snapshot, _Trial(order.task))
+        except TooMany:
+            order.task.entries, order.task.bytes = before
+            return self._hand_over(hand, [order])
         except Exception as error:
             order.done(error)
             return []
@@ -252,6 +260,29 @@ class Crew:
         self._flusher.join()
         for hand in self._hands:
             hand.let_go()
+
+
+class _Trial(Task):
+    """A task that is given up with TooMany once it is not small; for the rest it is the task of the order."""
+
+    __slots__ = ("_before", "_task")
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self._task = task
+        self._before = (task.entries, task.bytes)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody asked."""
+        return self._task.cancelled
+
+    def advance(self, entries: int = 1, size: int = 0) -> None:
+        """Note progress."""
+        self._task.advance(entries, size)
+        self.entries, self.bytes = self._task.entries - self._before[0], self._task.bytes - self._before[1]
+        if self.entries > SMALL_ENTRIES or self.bytes > SMALL_BYTES:
+            raise TooMany
 
 
 def _begins(order: Order) -> bool:
