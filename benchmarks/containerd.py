@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import grpc  # type: ignore[import-untyped]
+import grpc
 import psutil
+from google.protobuf.empty_pb2 import Empty
 
 from benchmarks import scratch, services
+from snapbroker_containerd.api import snapshots_pb2 as api
+from snapbroker_containerd.service import SERVICE
 
 NAMESPACE = "bench"
 KEPT = {"containerd.io/gc.root": "bench"}
@@ -24,7 +25,7 @@ CALL_SECONDS = 1800.0
 """How long one call may take: a native snapshot of gigabytes is copied, and flushed, inside its prepare."""
 
 SOURCE = Path(__file__).parent / "peer"
-"""The Go program of callers, and what the Python callers say."""
+"""The Go program of callers."""
 
 CONFIGURATION = """\
 version = 2
@@ -48,14 +49,8 @@ class Containerd:
 
     def __init__(self, tools: Path) -> None:
         scratch.require("containerd", "go")
-        self._callers = tools / "peer"
-        scratch.run(["go", "build", "-trimpath", "-o", str(self._callers), "."], cwd=SOURCE)
-        self._stubs = tools / "stubs"
-        self._stubs.mkdir()
-        scratch.run(
-            [sys.executable, "-m", "grpc_tools.protoc", f"-I{SOURCE}", f"--python_out={self._stubs}",
-             f"--grpc_python_out={self._stubs}", "snapshots.proto"]
-        )  # fmt: skip
+        self.callers = tools / "peer"
+        scratch.run(["go", "build", "-trimpath", "-o", str(self.callers), "."], cwd=SOURCE)
 
     @contextlib.contextmanager
     def start(self, backend: str, place: Path) -> Iterator[services.Service]:
@@ -78,27 +73,31 @@ class Containerd:
             except grpc.FutureTimeoutError:
                 tail = (home / "log").read_text()[-2000:]
                 raise RuntimeError(f"containerd does not answer after {START_SECONDS:g} s:\n{tail}") from None
-            yield Running(self._callers, self._stubs, socket, backend, channel, process.pid)
+            yield Running(self.callers, socket, backend, channel, process.pid)
 
 
 class Calls:
     """Single blocking calls over gRPC."""
 
-    def __init__(self, stub: Any, messages: Any, backend: str) -> None:
-        self._stub, self._messages, self._backend = stub, messages, backend
+    def __init__(self, channel: grpc.Channel, backend: str) -> None:
+        self._backend = backend
+        self._prepare = method(channel, "Prepare", api.PrepareSnapshotRequest, api.PrepareSnapshotResponse)
+        self._commit = method(channel, "Commit", api.CommitSnapshotRequest, Empty)
+        self._remove = method(channel, "Remove", api.RemoveSnapshotRequest, Empty)
         self._with = {"metadata": (("containerd-namespace", NAMESPACE),), "timeout": CALL_SECONDS}
 
     def prepare(self, key: str, parent: str = "") -> Sequence[services.MountPoint]:
-        request = self._messages.PrepareRequest(snapshotter=self._backend, key=key, parent=parent, labels=KEPT)
-        answer = self._stub.Prepare(request, **self._with)
+        request = api.PrepareSnapshotRequest(snapshotter=self._backend, key=key, parent=parent, labels=KEPT)
+        answer = self._prepare(request, **self._with)
         return [services.MountPoint(mount.type, mount.source, tuple(mount.options)) for mount in answer.mounts]
 
     def commit(self, name: str, key: str) -> None:
-        request = self._messages.CommitRequest(snapshotter=self._backend, name=name, key=key, labels=KEPT)
-        self._stub.Commit(request, **self._with)
+        self._commit(
+            api.CommitSnapshotRequest(snapshotter=self._backend, name=name, key=key, labels=KEPT), **self._with
+        )
 
     def remove(self, key: str) -> None:
-        self._stub.Remove(self._messages.KeyRequest(snapshotter=self._backend, key=key), **self._with)
+        self._remove(api.RemoveSnapshotRequest(snapshotter=self._backend, key=key), **self._with)
 
 
 class Running:
@@ -106,10 +105,9 @@ class Running:
 
     side = services.PEER
 
-    def __init__(self, callers: Path, stubs: Path, socket: Path, backend: str, channel: grpc.Channel, pid: int) -> None:
-        self._callers, self._stubs, self._socket, self._backend, self._pid = callers, stubs, socket, backend, pid
-        messages, stub = generated(stubs)
-        self.calls = Calls(stub.SnapshotsStub(channel), messages, backend)
+    def __init__(self, callers: Path, socket: Path, backend: str, channel: grpc.Channel, pid: int) -> None:
+        self._callers, self._socket, self._backend, self._pid = callers, socket, backend, pid
+        self.calls = Calls(channel, backend)
 
     def command(self, operation: str, **options: object) -> list[str]:
         named = {"address": self._socket, "namespace": NAMESPACE, "snapshotter": self._backend, "operation": operation}
@@ -117,8 +115,8 @@ class Running:
 
     def blocking_command(self, key: str, seconds: float) -> list[str]:
         return [
-            sys.executable, "-m", "benchmarks.callers.peer_blocking", str(self._stubs), str(self._socket),
-            NAMESPACE, self._backend, key, str(seconds),
+            sys.executable, "-m", "benchmarks.callers.peer_blocking", str(self._socket), NAMESPACE, self._backend,
+            key, str(seconds),
         ]  # fmt: skip
 
     def settle(self) -> None:
@@ -128,8 +126,6 @@ class Running:
         return {"containerd": psutil.Process(self._pid).memory_info().rss}
 
 
-def generated(stubs: Path) -> tuple[Any, Any]:
-    """The modules that protoc made of snapshots.proto: messages and stubs."""
-    if str(stubs) not in sys.path:
-        sys.path.insert(0, os.fspath(stubs))
-    return importlib.import_module("snapshots_pb2"), importlib.import_module("snapshots_pb2_grpc")
+def method(channel: grpc.Channel, name: str, request: Any, response: Any) -> Any:
+    """A method of the snapshots service, as a function from request to response."""
+    return channel.unary_unary(f"/{SERVICE}/{name}", request.SerializeToString, response.FromString)

@@ -22,6 +22,8 @@ START_SECONDS = 30.0
 CALL_SECONDS = 1800.0
 """How long one call may take: a native snapshot of gigabytes is copied inside its prepare."""
 POLL_SECONDS = 0.02
+REPORT_SECONDS = 1.2
+"""An actor tells its figures every second."""
 
 CONFIGURATION = """\
 root = "{home}/root"
@@ -102,24 +104,35 @@ class Running:
     side = services.OURS
 
     def __init__(self, broker: snapbroker.Broker, endpoint: str, events: str, backend: str, pid: int) -> None:
-        self._broker, self._endpoint, self._events, self._backend, self._pid = broker, endpoint, events, backend, pid
+        self._broker, self.endpoint, self._events, self._backend, self._pid = broker, endpoint, events, backend, pid
         self.calls = Calls(broker)
 
     def command(self, operation: str, **options: object) -> list[str]:
         named = {
-            "address": self._endpoint, "events": self._events, "namespace": NAMESPACE,
+            "address": self.endpoint, "events": self._events, "namespace": NAMESPACE,
             "snapshotter": self._backend, "operation": operation,
         }  # fmt: skip
         return [sys.executable, "-m", "benchmarks.callers.ours", *services.flags({**named, **options})]
 
     def blocking_command(self, key: str, seconds: float) -> list[str]:
         return [
-            sys.executable, "-m", "benchmarks.callers.ours_blocking", self._endpoint, NAMESPACE, self._backend,
+            sys.executable, "-m", "benchmarks.callers.ours_blocking", self.endpoint, NAMESPACE, self._backend,
             key, str(seconds),
         ]  # fmt: skip
 
     def settle(self) -> None:
+        """Deleted is what was removed, and stocked what was taken: the child processes have nothing to do."""
         self._broker.cleanup()
+        deadline = time.monotonic() + START_SECONDS
+        # The figures are a second old at most; the first ones may be of the time before.
+        begun = time.monotonic()
+        while time.monotonic() < deadline:
+            pool = _actor(self._broker, self._backend).queues.get("pool")
+            rested = pool is None or pool["ready"] >= pool["aim"]
+            if rested and time.monotonic() - begun > REPORT_SECONDS:
+                return
+            time.sleep(POLL_SECONDS)
+        raise RuntimeError(f"the pool of {self._backend} is not stocked after {START_SECONDS:g} s")
 
     def resident(self) -> dict[str, int]:
         daemon = psutil.Process(self._pid)

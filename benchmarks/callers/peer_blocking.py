@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-import grpc  # type: ignore[import-untyped]
+import grpc
 
 from benchmarks.callers import measured
-from benchmarks.containerd import generated
+from benchmarks.containerd import method
+from snapbroker_containerd.api import snapshots_pb2 as api
 
 WARMUP_SECONDS = 0.3
 
 
-def main(stubs: str, socket: str, namespace: str, snapshotter: str, key: str, seconds: str) -> None:
-    messages, services = generated(Path(stubs))
+def main(socket: str, namespace: str, snapshotter: str, key: str, seconds: str) -> None:
     with grpc.insecure_channel(f"unix://{socket}") as channel:
-        stub = services.SnapshotsStub(channel)
+        ask = method(channel, "Stat", api.StatSnapshotRequest, api.StatSnapshotResponse)
         metadata = (("containerd-namespace", namespace),)
 
         def stat() -> None:
-            stub.Stat(messages.KeyRequest(snapshotter=snapshotter, key=key), metadata=metadata)
+            ask(api.StatSnapshotRequest(snapshotter=snapshotter, key=key), metadata=metadata)
 
         measured.repeat(stat, WARMUP_SECONDS)
         latencies, elapsed = measured.repeat(stat, float(seconds))

@@ -8,7 +8,7 @@ from functools import partial
 from benchmarks.bench import Bench
 from benchmarks.figures import Figure
 from benchmarks.plan import BACKENDS, Plan
-from benchmarks.workloads import calls, copies, daemon, scale
+from benchmarks.workloads import bridge, calls, copies, daemon, scale
 
 Workload = Callable[[Bench], Iterator[Figure]]
 
@@ -21,6 +21,8 @@ def workloads(plan: Plan) -> dict[str, Workload]:
         named[f"cycle.{backend}"] = partial(calls.cycle, backend=backend)
         named[f"reads.{backend}"] = partial(calls.reads, backend=backend)
     named["walk"] = calls.walk
+    named["bridge.verbs"] = bridge.verbs
+    named["bridge.unpack"] = bridge.unpack
     named["fanout"] = daemon.fanout
     named["chains"] = scale.chains
     for filesystem in ("ext4", "btrfs"):

@@ -70,8 +70,11 @@ def _prepare_and_remove(bench: Bench, service: Service, parent: str, prefix: str
     # The first pass does not count: it brings both stores' pools of ready directories to the same size, which the
     # large one reached when it was filled.
     for name in (f"warm-{prefix}", prefix):
-        taken = {verb: load(service, verb, prefix=name, **options) for verb in ("prepare", "drop")}
-        service.settle()
+        taken = {}
+        for verb in ("prepare", "drop"):
+            taken[verb] = load(service, verb, prefix=name, **options)
+            # A pool that is stocked again, more in the store whose pool grew larger, is not part of what follows.
+            service.settle()
     return taken
 
 

@@ -29,7 +29,7 @@ from tests.daemon import support
 from tests.harness import READY_S, SCRATCH, STOP_S, Daemon
 
 REPOSITORY: Final = Path(__file__).parents[2]
-SHIPPED: Final = sorted((REPOSITORY / "config").glob("*.toml"))
+SHIPPED: Final = sorted((REPOSITORY / "config").glob("snapbrokerd*.toml"))
 SNAPBROKERD: Final = str(Path(sys.executable).with_name("snapbrokerd"))
 
 LIMITS: Final = "snapshotters.native.limits"

@@ -1,0 +1,1 @@
+"""containerd's proxy snapshotter: gRPC on one side, one more client of the snapshot broker on the other."""
