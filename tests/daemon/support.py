@@ -95,7 +95,8 @@ class Worker(threading.Thread):
     def run(self) -> None:
         """Work until told to stop; anything but a call that is unavailable ends it with an error."""
         try:
-            with self._daemon.client(self._snapshotter, connect_timeout=1.0) as broker:
+            # Nothing is repeated for it: what it has to tell is what became of each call.
+            with self._daemon.client(self._snapshotter, connect_timeout=1.0, patience=0) as broker:
                 number = 0
                 while not self._halt.is_set():
                     number += 1

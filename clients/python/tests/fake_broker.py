@@ -15,13 +15,14 @@ from typing import Any, Self
 
 import zmq
 
-from snapbroker import protocol
+from snapbroker import protocol, session
 from snapbroker.contract import Event, Info, Kind, Mount, Usage, topic
 from snapbroker.errors import (
     AlreadyExists,
     BrokerError,
     Cancelled,
     FailedPrecondition,
+    InvalidArgument,
     NotFound,
     OutOfRange,
 )
@@ -70,6 +71,8 @@ class FakeBroker:
         self.received: list[Received] = []
         self.subscriptions: set[bytes] = set()
         self.snapshots: dict[tuple[str, str], Info] = {}
+        self.fences: dict[tuple[str, str], int] = {}
+        self.kept_outcomes: dict[bytes, tuple[tuple[protocol.Call, ...], dict[int, Outcome]]] = {}
         self.journal: list[Event] = []
         self.lose: Callable[[Event], bool] = lambda event: False
         self.before_journal: Callable[[], None] = lambda: None
@@ -203,6 +206,19 @@ class FakeBroker:
         received.done(*outcomes)
 
     def outcome(self, received: Received, index: int) -> Outcome:
+        """The outcome of one call: of a change with a token, the first one."""
+        token = received.request.token
+        if not token or type(received.calls[index]) not in session.CHANGES:
+            return self._outcome(received, index)
+        calls, kept = self.kept_outcomes.setdefault(token, (received.calls, {}))
+        if calls != received.calls:
+            error = InvalidArgument("this token was used for other calls")
+            return Outcome(call=index, error=protocol.fault(error))
+        if index not in kept:
+            kept[index] = self._outcome(received, index)
+        return kept[index]
+
+    def _outcome(self, received: Received, index: int) -> Outcome:
         try:
             answer = self._execute(received, received.calls[index])
         except BrokerError as error:
@@ -218,18 +234,18 @@ class FakeBroker:
                 return self._create(namespace, key, Kind.ACTIVE, parent, labels)
             case protocol.View(key=key, parent=parent, labels=labels):
                 return self._create(namespace, key, Kind.VIEW, parent, labels)
-            case protocol.Mounts(key=key):
-                return self._mounts(self._found(namespace, key))
+            case protocol.Mounts(key=key, fence=fence):
+                return self._mounts(namespace, self._found(namespace, key, fence))
             case protocol.Stat(key=key):
                 return self._found(namespace, key)
             case protocol.UsageOf(key=key):
                 return Usage(inodes=1, size=4096 * len(self._found(namespace, key).name))
-            case protocol.Commit(name=name, key=key, labels=labels):
-                return self._commit(namespace, name, key, labels)
+            case protocol.Commit(name=name, key=key, labels=labels, fence=fence):
+                return self._commit(namespace, name, key, labels, fence)
             case protocol.Update(name=name, labels=labels, fieldpaths=fieldpaths):
                 return self._update(namespace, name, labels, fieldpaths)
-            case protocol.Remove(key=key):
-                return self._remove(namespace, key)
+            case protocol.Remove(key=key, fence=fence):
+                return self._remove(namespace, key, fence)
             case _:
                 return protocol.Empty()
 
@@ -244,11 +260,14 @@ class FakeBroker:
             snapshotters=tuple(protocol.ActorStatus(name=name, backend="memory", state="ready") for name in self.names),
         )
 
-    def _found(self, namespace: str, key: str) -> Info:
+    def _found(self, namespace: str, key: str, fence: int = 0) -> Info:
         try:
-            return self.snapshots[namespace, key]
+            found = self.snapshots[namespace, key]
         except KeyError:
             raise NotFound(f"no snapshot {key!r}") from None
+        if fence not in (0, self.fences[namespace, key]):
+            raise FailedPrecondition("the fence is another's", {"fence": self.fences[namespace, key]})
+        return found
 
     def _create(self, namespace: str, key: str, kind: Kind, parent: str, labels: dict[str, str]) -> Any:
         if parent:
@@ -258,15 +277,17 @@ class FakeBroker:
         info = Info(key, kind, parent, labels, created=next(self._numbers))
         self.snapshots[namespace, key] = info
         (self.directory / "files" / key).mkdir(parents=True, exist_ok=True)
-        self.record(namespace, "prepare" if kind is Kind.ACTIVE else "view", key, info)
-        return self._mounts(info)
+        event = self.record(namespace, "prepare" if kind is Kind.ACTIVE else "view", key, info)
+        self.fences[namespace, key] = event.sequence
+        return self._mounts(namespace, info)
 
-    def _mounts(self, info: Info) -> protocol.MountsAnswer:
+    def _mounts(self, namespace: str, info: Info) -> protocol.MountsAnswer:
         options = ("rbind", "rw" if info.kind is Kind.ACTIVE else "ro")
-        return protocol.MountsAnswer(mounts=(Mount("bind", str(self.directory / "files" / info.name), options),))
+        mount = Mount("bind", str(self.directory / "files" / info.name), options)
+        return protocol.MountsAnswer(mounts=(mount,), fence=self.fences[namespace, info.name])
 
-    def _commit(self, namespace: str, name: str, key: str, labels: dict[str, str]) -> protocol.Empty:
-        active = self._found(namespace, key)
+    def _commit(self, namespace: str, name: str, key: str, labels: dict[str, str], fence: int) -> protocol.Empty:
+        active = self._found(namespace, key, fence)
         if (namespace, name) in self.snapshots:
             raise AlreadyExists(f"snapshot {name!r} exists")
         if active.kind is not Kind.ACTIVE:
@@ -275,7 +296,7 @@ class FakeBroker:
         info = Info(name, Kind.COMMITTED, active.parent, labels, created=next(self._numbers))
         self.snapshots[namespace, name] = info
         (self.directory / "files" / key).rename(self.directory / "files" / name)
-        self.record(namespace, "commit", key, info)
+        self.fences[namespace, name] = self.record(namespace, "commit", key, info).sequence
         return protocol.Empty()
 
     def _update(self, namespace: str, name: str, labels: dict[str, str], fieldpaths: tuple[str, ...]) -> Info:
@@ -290,8 +311,8 @@ class FakeBroker:
         self.record(namespace, "update", name, info)
         return info
 
-    def _remove(self, namespace: str, key: str) -> protocol.Empty:
-        self._found(namespace, key)
+    def _remove(self, namespace: str, key: str, fence: int) -> protocol.Empty:
+        self._found(namespace, key, fence)
         if any(info.parent == key for (space, _), info in self.snapshots.items() if space == namespace):
             raise FailedPrecondition(f"cannot remove snapshot with child: {key!r}")
         del self.snapshots[namespace, key]

@@ -23,7 +23,7 @@ from snapbroker import endpoints
 from snapbroker.command import main, words
 from snapbroker.command.arguments import _parser, parse
 from snapbroker.command.failures import complaint, statuses
-from snapbroker.contract import Event, Info, Kind, Mount, Usage
+from snapbroker.contract import FENCE_MAX, Event, Info, Kind, Mount, Mounts, Usage
 from snapbroker.errors import (
     ERRORS,
     AlreadyExists,
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 MOMENT = 1_700_000_000_123_456_789
-MOUNTS = [Mount("bind", "/srv/1/fs", ("rw", "rbind"))]
+MOUNTS = Mounts([Mount("bind", "/srv/1/fs", ("rw", "rbind"))])
+MOUNTS.fence = 17
 SNAPBROKER = Path(sys.executable).with_name("snapbroker")
 SNAPBROKERD = Path(sys.executable).with_name("snapbrokerd")
 DOCUMENTATION = Path(__file__).parents[3] / "docs" / "command.md"
@@ -118,26 +119,26 @@ class FakeBroker:
         if self.failure:
             raise self.failure
 
-    def prepare(self, key: str, parent: str, labels: dict[str, str], *, progress: Any = None) -> list[Mount]:
+    def prepare(self, key: str, parent: str, labels: dict[str, str], *, progress: Any = None) -> Mounts:
         self._called("prepare", key, parent, labels)
         for each in self.progress:
             if progress:
                 progress(each)
         return MOUNTS
 
-    def view(self, key: str, parent: str, labels: dict[str, str]) -> list[Mount]:
+    def view(self, key: str, parent: str, labels: dict[str, str]) -> Mounts:
         self._called("view", key, parent, labels)
         return MOUNTS
 
-    def mounts(self, key: str) -> list[Mount]:
-        self._called("mounts", key)
+    def mounts(self, key: str, fence: int = 0) -> Mounts:
+        self._called("mounts", key, fence)
         return MOUNTS
 
-    def commit(self, name: str, key: str, parent: str, labels: dict[str, str], *, sync: bool) -> None:
-        self._called("commit", name, key, parent, labels, sync)
+    def commit(self, name: str, key: str, parent: str, labels: dict[str, str], sync: bool, fence: int) -> None:
+        self._called("commit", name, key, parent, labels, sync, fence)
 
-    def remove(self, key: str) -> None:
-        self._called("remove", key)
+    def remove(self, key: str, fence: int = 0) -> None:
+        self._called("remove", key, fence)
         if key in self.failures:
             raise self.failures[key]
 
@@ -354,7 +355,9 @@ def test_every_variable_of_the_environment_is_told(capsys: pytest.CaptureFixture
 def test_prepare_and_view(verb: str, command: Any, fake: FakeBroker) -> None:
     status, out, _ = command("--json", verb, "k", "p", "--label", "a=b=c", "--label", "d=")
     assert status == 0
-    assert json.loads(out) == [{"type": "bind", "source": "/srv/1/fs", "options": ["rw", "rbind"], "target": ""}]
+    assert json.loads(out) == [
+        {"type": "bind", "source": "/srv/1/fs", "options": ["rw", "rbind"], "target": "", "fence": 17}
+    ]
     assert fake.calls[0] == (verb, "k", "p", {"a": "b=c", "d": ""})
     status, out, _ = command(verb, "k")
     assert out == "bind of /srv/1/fs\n    rw\n    rbind\n"
@@ -364,16 +367,36 @@ def test_prepare_and_view(verb: str, command: Any, fake: FakeBroker) -> None:
 def test_mounts(command: Any, fake: FakeBroker) -> None:
     _, out, _ = command("mounts", "k", "--json")
     assert json.loads(out)[0]["source"] == "/srv/1/fs"
-    assert fake.calls[0] == ("mounts", "k")
+    assert json.loads(out)[0]["fence"] == 17
+    command("mounts", "k", "--fence", "17")
+    assert [call for call in fake.calls if call[0] == "mounts"] == [("mounts", "k", 0), ("mounts", "k", 17)]
+
+
+@pytest.mark.parametrize("line", [["commit", "n", "k"], ["rm", "k"], ["mounts", "k"]])
+@pytest.mark.parametrize("fence", ["0", "-1", "x", str(FENCE_MAX + 1)])
+def test_a_fence_is_a_number_above_0(line: list[str], fence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse([*line, f"--fence={fence}"])
+    assert left.value.code == 2
+    assert "is not a fencing number" in capsys.readouterr().err
+
+
+def test_a_fence_is_of_one_snapshot(command: Any, fake: FakeBroker) -> None:
+    with pytest.raises(SystemExit) as left:
+        command("rm", "a", "b", "--fence", "3")
+    assert left.value.code == 2
+    command("rm", "a", "--fence", "3")
+    assert [call for call in fake.calls if call[0] == "remove"] == [("remove", "a", 3)]
 
 
 def test_commit(command: Any, fake: FakeBroker) -> None:
     status, out, _ = command("commit", "n", "k")
     assert (status, out) == (0, "")
-    status, out, _ = command("commit", "n", "k", "--sync", "--parent", "p", "--label", "a=b", "--json")
+    line = ["commit", "n", "k", "--sync", "--parent", "p", "--label", "a=b", "--fence", "17", "--json"]
+    status, out, _ = command(*line)
     assert json.loads(out) == {"name": "n", "key": "k"}
     commits = [call for call in fake.calls if call[0] == "commit"]
-    assert commits == [("commit", "n", "k", "", {}, False), ("commit", "n", "k", "p", {"a": "b"}, True)]
+    assert commits == [("commit", "n", "k", "", {}, False, 0), ("commit", "n", "k", "p", {"a": "b"}, True, 17)]
 
 
 def test_rm_goes_on_after_an_error_and_ends_with_the_first_status(command: Any, fake: FakeBroker) -> None:
@@ -574,7 +597,7 @@ def test_mount_and_unmount(fake: FakeBroker, command: Any, tmp_path: Path, monke
     source.mkdir()
     target.mkdir()
     (source / "file").write_text("")
-    monkeypatch.setattr(sys.modules[__name__], "MOUNTS", [Mount("bind", str(source), ("ro", "rbind"))])
+    monkeypatch.setattr(sys.modules[__name__], "MOUNTS", Mounts([Mount("bind", str(source), ("ro", "rbind"))]))
     status, out, _ = command("mount", "k", str(target), "--json")
     try:
         assert status == 0

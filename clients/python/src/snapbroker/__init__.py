@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from snapbroker import errors
-from snapbroker.contract import Event, Info, Kind, Mount, Usage
+from snapbroker.contract import Event, Info, Kind, Mount, Mounts, Usage
 from snapbroker.errors import BrokerError
 from snapbroker.protocol import Progress, StatusAnswer
 
@@ -33,6 +33,7 @@ __all__ = [
     "Info",
     "Kind",
     "Mount",
+    "Mounts",
     "Progress",
     "StatusAnswer",
     "Usage",

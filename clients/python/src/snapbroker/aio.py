@@ -11,6 +11,8 @@ ZeroMQ descriptor is edge-triggered: it is drained until nothing comes, and look
 may have eaten the edge.
 
 A caller that is cancelled gives its call up. The exchange is taken back when all its callers have: see `session`.
+
+An exchange that is to be repeated stays among those under way, not sent, while its timer runs to the next try.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import msgspec
 import zmq
 
 from snapbroker import endpoints, protocol, session, sockets, subscriber
-from snapbroker.contract import Event, Info, Mount, Usage
+from snapbroker.contract import Event, Info, Mounts, Usage
 from snapbroker.errors import (
     BrokerError,
     DeadlineExceeded,
@@ -57,7 +59,7 @@ class Statistics(msgspec.Struct, frozen=True):
     """What the connection has done, and what it waits for.
 
     `requests` sent with `calls`; requests `under_way`, of them `unsent` for want of a connection; replies that were
-    `stray`: late, or none at all.
+    `stray`: late, or none at all; how often a request was `repeated`.
     """
 
     requests: int
@@ -65,19 +67,27 @@ class Statistics(msgspec.Struct, frozen=True):
     under_way: int
     unsent: int
     stray: int
+    repeated: int = 0
 
 
 class _Connection:
     """One DEALER socket on the running loop, and the requests under way on it."""
 
     def __init__(
-        self, endpoint: str, events_endpoint: str | None, timeout: float, connect_timeout: float, calls_per_request: int
+        self,
+        endpoint: str,
+        events_endpoint: str | None,
+        timeout: float,
+        connect_timeout: float,
+        patience: float,
+        calls_per_request: int,
     ) -> None:
+        self._loop = asyncio.get_running_loop()
         self.endpoint = endpoint
         self.timeout = timeout
+        self.patience = session.Patience(patience, self._loop.time)
         self.closed = False
         self.sockets = sockets.Sockets(self, endpoint)
-        self._loop = asyncio.get_running_loop()
         self._events_endpoint = events_endpoint
         self._connect_timeout = connect_timeout
         self._calls_per_request = calls_per_request
@@ -91,6 +101,7 @@ class _Connection:
         self._requests = 0
         self._calls = 0
         self._stray = 0
+        self._repeated = 0
         try:
             self._socket, self._monitor = self.sockets.dealer(endpoint)
         except BaseException:
@@ -135,30 +146,39 @@ class _Connection:
             self.launch(exchange)
 
     def launch(self, pursuit: Pursuit) -> None:
-        """Send a request, or keep it until there is a connection."""
+        """Begin a request."""
         if isinstance(pursuit, Exchange):
             pursuit.without_abandoned()
             if not pursuit.calls:
                 return
+            self.patience.equip(pursuit)
         try:
             body = pursuit.encode()
         except InvalidArgument as error:
             self._launch_apart(pursuit, error)
             return
-        self._number += 1
-        pursuit.request_id = self._number.to_bytes(8, "big")
         pursuit.deadline = self._loop.time() + pursuit.timeout
-        self._under_way[pursuit.request_id] = pursuit
         self._requests += 1
         self._calls += len(pursuit.calls)
+        self._dispatch(pursuit, body, pursuit.timeout)
+
+    def _dispatch(self, pursuit: Pursuit, body: bytes, time_left: float) -> None:
+        """Send a request, or keep it until there is a connection."""
+        self._number += 1
+        pursuit.request_id = self._number.to_bytes(8, "big")
+        self._under_way[pursuit.request_id] = pursuit
         # A connection that broke is noticed before it is used, or its end would be taken for the end of this request.
         if sockets.readable(self._monitor):
             self._look()
         if self._unsent or not self._send(pursuit, body):
             self._unsent.append(pursuit)
-            self._arm(pursuit, pursuit.timeout if self._connected else min(pursuit.timeout, self._connect_timeout))
-        else:
-            self._arm(pursuit, pursuit.timeout)
+            time_left = time_left if self._connected else min(time_left, self._time_to_connect(pursuit))
+        self._arm(pursuit, time_left)
+
+    def _time_to_connect(self, pursuit: Pursuit) -> float:
+        if pursuit.repeats is None:
+            return self._connect_timeout
+        return min(self._connect_timeout, pursuit.repeats.patience_left)
 
     def _launch_apart(self, pursuit: Pursuit, error: InvalidArgument) -> None:
         """One call that cannot be sent must not fail those it travels with: halve until it is alone."""
@@ -179,6 +199,8 @@ class _Connection:
         pursuit.sent = True
         if sockets.readable(self._socket):
             self._loop.call_soon(self._drain)
+        if pursuit.repeats is not None and isinstance(pursuit, Exchange) and (given_up := pursuit.given_up):
+            self._take_back(pursuit, given_up)
         return True
 
     def _send_unsent(self) -> None:
@@ -209,12 +231,15 @@ class _Connection:
         try:
             finished = pursuit.receive(reply[2], reply[1])
         except Internal as error:
+            pursuit.doubt = True
             pursuit.fail(error)
             finished = True
-        if finished:
-            self._forget(pursuit)
-        else:
+        if not finished:
             self.take_back_if_forsaken(pursuit)
+        elif pursuit.failure is not None:
+            self._repeat_later(pursuit, pursuit.failure)
+        else:
+            self._forget(pursuit)
 
     def _look(self) -> None:
         """Learn from the monitor whether the connection broke: replies under way on it will never come."""
@@ -227,24 +252,56 @@ class _Connection:
             self._drain()
             error = Unavailable(sockets.vanished(self.endpoint))
             for pursuit in [pursuit for pursuit in self._under_way.values() if pursuit.sent]:
-                self._end(pursuit, error)
+                pursuit.doubt = True
+                self._repeat_later(pursuit, error)
         if self._connected and not self.closed:
             self._drain()
+
+    # Repeats.
+
+    def _repeat_later(self, pursuit: Pursuit, error: BrokerError) -> None:
+        """Send a request once more after a pause; `error` ends it where it was repeated for long enough."""
+        if pursuit.forsaken:
+            self._forget(pursuit)
+            return
+        pause = pursuit.pause(self.patience, error) if isinstance(pursuit, Exchange) else None
+        if pause is None:
+            self._end(pursuit, error)
+            return
+        self._disarm(pursuit)
+        pursuit.timer = self._loop.call_later(pause, self._repeat, pursuit)
+
+    def _repeat(self, pursuit: Pursuit) -> None:
+        pursuit.timer = None
+        del self._under_way[pursuit.request_id]
+        self._repeated += 1
+        self._dispatch(pursuit, pursuit.encode(), pursuit.deadline - self._loop.time())
 
     # Ends.
 
     def _arm(self, pursuit: Pursuit, within: float) -> None:
+        self._disarm(pursuit)
+        if within != math.inf:
+            pursuit.timer = self._loop.call_later(within, self._expire, pursuit, within)
+
+    def _disarm(self, pursuit: Pursuit) -> None:
         if pursuit.timer is not None:
             pursuit.timer.cancel()
-        pursuit.timer = None if within == math.inf else self._loop.call_later(within, self._expire, pursuit, within)
+            pursuit.timer = None
 
     def _expire(self, pursuit: Pursuit, within: float) -> None:
         pursuit.timer = None
         if pursuit.sent:
+            pursuit.doubt = True
             self._take_back(pursuit)
-            self._end(pursuit, DeadlineExceeded(sockets.overdue(self.endpoint, pursuit.target, within)))
+            self._end(pursuit, DeadlineExceeded(sockets.overdue(self.endpoint, pursuit.target, pursuit.timeout)))
+            return
+        error = Unavailable(sockets.absent(self.endpoint, within))
+        if pursuit.repeats is None:
+            self._end(pursuit, error)
         else:
-            self._end(pursuit, Unavailable(sockets.absent(self.endpoint, within)))
+            self._unsent.remove(pursuit)
+            self._repeat_later(pursuit, error)
 
     def take_back_if_forsaken(self, pursuit: Pursuit) -> None:
         """Send the Cancel of a request that nobody waits for any more."""
@@ -277,9 +334,7 @@ class _Connection:
 
     def _forget(self, pursuit: Pursuit) -> None:
         self._under_way.pop(pursuit.request_id, None)
-        if pursuit.timer is not None:
-            pursuit.timer.cancel()
-            pursuit.timer = None
+        self._disarm(pursuit)
         if not pursuit.sent:
             with suppress(ValueError):
                 self._unsent.remove(pursuit)
@@ -298,6 +353,7 @@ class _Connection:
         error = Unavailable(f"the connection to {self.endpoint} was closed with the call under way")
         gathering, self._gathering = self._gathering, {}
         for pursuit in [*self._under_way.values(), *gathering.values()]:
+            pursuit.doubt = pursuit.doubt or pursuit.sent
             self._take_back(pursuit)
             self._end(pursuit, error)
         self.closed = True
@@ -346,7 +402,9 @@ class _Connection:
 
     def statistics(self) -> Statistics:
         """The counters and queues."""
-        return Statistics(self._requests, self._calls, len(self._under_way), len(self._unsent), self._stray)
+        return Statistics(
+            self._requests, self._calls, len(self._under_way), len(self._unsent), self._stray, self._repeated
+        )
 
 
 class _View:
@@ -381,6 +439,11 @@ class _Pages(Generic[T]):
         # What was called before in this turn goes first.
         connection.flush()
         connection.launch(stream)
+
+    @property
+    def sent(self) -> bool:
+        """Whether the broker was there to be asked."""
+        return self._stream.sent
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -464,6 +527,27 @@ class Walk:
             self._current.close()
 
     async def _next_page(self) -> WalkPage | None:
+        """The next page; where the walk broke off it is asked for behind the last one, as a request is repeated."""
+        connection = self._view.connection
+        patience = connection.patience
+        deadline = patience.clock() + (connection.timeout if self._timeout is None else self._timeout)
+        repeats: session.Repeats | None = None
+        while True:
+            try:
+                return await self._page_or_end()
+            except Unavailable as error:
+                if repeats is None:
+                    if self._current is None or not self._current.sent or not patience.seconds:
+                        raise
+                    repeats = session.Repeats(patience, deadline)
+                pause = repeats.pause(error)
+                if pause is None:
+                    raise
+            await asyncio.sleep(pause)
+            connection.check_open()
+            self._current = None
+
+    async def _page_or_end(self) -> WalkPage | None:
         if self._current is None:
             self._current = await self._ask()
         page = await self._current.next()
@@ -711,13 +795,13 @@ class Broker:
         *,
         timeout: float | None = None,
         progress: OnProgress | None = None,
-    ) -> list[Mount]:
+    ) -> Mounts:
         """Create the active snapshot `key` on the committed `parent`, or an empty one; answers the mounts to make."""
         return await self._call(session.prepare(key, parent, labels), session.read_mounts, timeout, progress)
 
     async def view(
         self, key: str, parent: str = "", labels: Mapping[str, str] | None = None, *, timeout: float | None = None
-    ) -> list[Mount]:
+    ) -> Mounts:
         """Create the read-only snapshot `key` of the committed `parent`; answers the mounts to make."""
         return await self._call(session.view(key, parent, labels), session.read_mounts, timeout)
 
@@ -728,6 +812,7 @@ class Broker:
         parent: str = "",
         labels: Mapping[str, str] | None = None,
         sync: bool = False,
+        fence: int = 0,
         *,
         timeout: float | None = None,
         progress: OnProgress | None = None,
@@ -735,16 +820,18 @@ class Broker:
         """Turn the active `key` into the committed `name`, which has exactly `labels`; the key is free again.
 
         `sync`: its files are durable before the name exists. `parent`: the parent of one prepared without (rebase).
+        `fence`: that of the mounts of the snapshot that is meant; FailedPrecondition where `key` is another's.
         """
-        await self._call(session.commit(name, key, parent, labels, sync), session.read_nothing, timeout, progress)
+        call = session.commit(name, key, parent, labels, sync, fence)
+        await self._call(call, session.read_nothing, timeout, progress)
 
-    async def remove(self, key: str, *, timeout: float | None = None) -> None:
-        """Remove a snapshot without children; its files are deleted in the background."""
-        await self._call(protocol.Remove(key=session.text(key)), session.read_nothing, timeout)
+    async def remove(self, key: str, fence: int = 0, *, timeout: float | None = None) -> None:
+        """Remove a snapshot without children; its files are deleted in the background. `fence`: as for commit."""
+        await self._call(session.remove(key, fence), session.read_nothing, timeout)
 
-    async def mounts(self, key: str, *, timeout: float | None = None) -> list[Mount]:
-        """The mounts of an active snapshot or view, as prepare and view answered them."""
-        return await self._call(protocol.Mounts(key=session.text(key)), session.read_mounts, timeout)
+    async def mounts(self, key: str, fence: int = 0, *, timeout: float | None = None) -> Mounts:
+        """The mounts of an active snapshot or view, as prepare and view answered them. `fence`: as for commit."""
+        return await self._call(session.mounts(key, fence), session.read_mounts, timeout)
 
     async def stat(self, key: str, *, timeout: float | None = None) -> Info:
         """What is known of a snapshot."""
@@ -849,6 +936,7 @@ async def connect(
     snapshotter: str | None = None,
     timeout: float = session.TIMEOUT_SECONDS,
     connect_timeout: float = sockets.CONNECT_SECONDS,
+    patience: float = session.PATIENCE_SECONDS,
     events_endpoint: str | None = None,
     calls_per_request: int = session.CALLS_PER_REQUEST,
 ) -> AsyncIterator[Broker]:
@@ -857,6 +945,8 @@ async def connect(
     What is not given comes from SNAPBROKER_ENDPOINT, SNAPBROKER_NAMESPACE, SNAPBROKER_SNAPSHOTTER and
     SNAPBROKER_EVENTS_ENDPOINT, else from the defaults: the machine's own socket, `default`, the broker's only
     snapshotter. The broker need not be there yet: a call waits for it up to `connect_timeout` seconds.
+    A request whose connection breaks, or that finds the snapshotter unavailable, is repeated for up to `patience`
+    seconds, within its own timeout, and takes effect once; with 0 nothing is repeated.
     Calls of one turn of the loop travel together, up to `calls_per_request` in one request, reads in smaller ones.
     """
     if not 0 < calls_per_request <= CALLS_MAX:
@@ -866,7 +956,7 @@ async def connect(
     chosen_namespace = endpoints.namespace_or_default(namespace)
     chosen_snapshotter = endpoints.snapshotter_or_none(snapshotter)
     connection = _Connection(
-        router, publisher, session.seconds(timeout), session.seconds(connect_timeout), calls_per_request
+        router, publisher, session.seconds(timeout), session.seconds(connect_timeout), patience, calls_per_request
     )
     try:
         yield Broker(_View(connection, chosen_namespace, chosen_snapshotter))

@@ -21,7 +21,7 @@ from typing import Final, Generic, Self, TypeVar
 import zmq
 
 from snapbroker import endpoints, protocol, session, sockets, subscriber
-from snapbroker.contract import Event, Info, Mount, Usage
+from snapbroker.contract import Event, Info, Mounts, Usage
 from snapbroker.errors import (
     BrokerError,
     DeadlineExceeded,
@@ -58,25 +58,30 @@ class _Channel:
         body = pursuit.encode()
         pursuit.request_id = next(self._numbers).to_bytes(8, "big")
         frames = (REQUEST_VERSION, pursuit.request_id, pursuit.target, body)
-        patience = min(self._connection.connect_timeout, pursuit.timeout)
         if not self._connected or sockets.readable(self._monitor):
-            self._wait_for_connection(patience)
+            self._wait_for_connection(self._time_to_connect(pursuit))
         # Before it is: an interrupt may come between the sending and the noting of it.
         pursuit.sent = True
         try:
             self._socket.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
-            if not self._socket.poll(_milliseconds(patience), zmq.POLLOUT):
-                raise Unavailable(sockets.absent(self._endpoint, patience)) from None
+            within = self._time_to_connect(pursuit)
+            if not self._socket.poll(_milliseconds(within), zmq.POLLOUT):
+                pursuit.sent = False
+                raise Unavailable(sockets.absent(self._endpoint, within)) from None
             self._socket.send_multipart(frames, zmq.NOBLOCK)
 
-    def _wait_for_connection(self, patience: float) -> None:
-        give_up = time.monotonic() + patience
+    def _time_to_connect(self, pursuit: Pursuit) -> float:
+        within = min(self._connection.connect_timeout, pursuit.timeout)
+        return within if pursuit.repeats is None else min(within, pursuit.repeats.patience_left)
+
+    def _wait_for_connection(self, within: float) -> None:
+        give_up = time.monotonic() + within
         self._learn()
         while not self._connected:
             left = give_up - time.monotonic()
             if left <= 0:
-                raise Unavailable(sockets.absent(self._endpoint, patience))
+                raise Unavailable(sockets.absent(self._endpoint, within))
             self._monitor.poll(_milliseconds(left))
             self._learn()
 
@@ -88,10 +93,9 @@ class _Channel:
         return broke
 
     def receive(self, pursuit: Pursuit, until: Callable[[], object]) -> None:
-        """Take parts of the reply until `until()` is true; raises where that does not happen in time."""
-        started = time.monotonic()
+        """Take parts of the reply until `until()` is true; raises where that does not happen before the deadline."""
         while not until():
-            reply = session.reply_frames(self._next_frames(pursuit, started))
+            reply = session.reply_frames(self._next_frames(pursuit))
             if reply is None:
                 raise Internal(f"{self._endpoint} does not speak the broker's protocol: is it a broker's router?")
             request_id, last, body = reply
@@ -99,11 +103,10 @@ class _Channel:
             if request_id == pursuit.request_id:
                 pursuit.receive(body, last)
 
-    def _next_frames(self, pursuit: Pursuit, started: float) -> list[bytes]:
+    def _next_frames(self, pursuit: Pursuit) -> list[bytes]:
         """The next message: one receive as a rule; the connection is looked at when nothing came for a while."""
-        timeout = pursuit.timeout
         # Parts that keep coming, such as progress, must not put off the end.
-        left = started + timeout - time.monotonic()
+        left = pursuit.deadline - time.monotonic()
         self._receive_within(_SLICE_MS if left >= _SLICE_SECONDS else _milliseconds(max(left, 0)))
         try:
             return self._socket.recv_multipart()
@@ -111,7 +114,7 @@ class _Channel:
             pass
         while True:
             broke = self._learn()
-            left = started + timeout - time.monotonic()
+            left = pursuit.deadline - time.monotonic()
             over = broke or left <= 0 or self._connection.closed
             self._receive_within(0 if over else min(_SLICE_MS, _milliseconds(left)))
             try:
@@ -120,7 +123,8 @@ class _Channel:
                 if broke:
                     raise Unavailable(sockets.vanished(self._endpoint)) from None
                 if left <= 0:
-                    raise DeadlineExceeded(sockets.overdue(self._endpoint, pursuit.target, timeout)) from None
+                    message = sockets.overdue(self._endpoint, pursuit.target, pursuit.timeout)
+                    raise DeadlineExceeded(message) from None
                 self._connection.check_open()
 
     def _receive_within(self, milliseconds: int) -> None:
@@ -144,12 +148,16 @@ class _Channel:
 class _Connection:
     """What the views of one `connect` share: endpoints, sockets and the broker's only snapshotter."""
 
-    def __init__(self, endpoint: str, events_endpoint: str | None, timeout: float, connect_timeout: float) -> None:
+    def __init__(
+        self, endpoint: str, events_endpoint: str | None, timeout: float, connect_timeout: float, patience: float
+    ) -> None:
         self.endpoint = endpoint
         self.timeout = timeout
         self.connect_timeout = connect_timeout
+        self.patience = session.Patience(patience)
         self.sockets = sockets.Sockets(self, endpoint)
         self.closed = False
+        self._closing = threading.Event()
         self._events_endpoint = events_endpoint
         self._idle: deque[_Channel] = deque()
         # The collector may strike inside of it, and have a forgotten walk or stream give its socket back.
@@ -201,21 +209,46 @@ class _Connection:
             raise FailedPrecondition(f"the connection to {self.endpoint} is closed: connect again")
 
     def run(self, exchange: Exchange) -> None:
-        """Send a request and wait for all its outcomes."""
+        """Send a request, repeat it where that helps, and wait for the outcomes: an error is that of each call."""
+        exchange.deadline = time.monotonic() + exchange.timeout
+        self.patience.equip(exchange)
         channel = self.take()
         try:
-            channel.send(exchange)
-            channel.receive(exchange, lambda: not exchange.unsettled or exchange.forsaken)
-            if exchange.unsettled:
-                channel.take_back(exchange)
+            while (failure := self._try(channel, exchange)) is not None:
+                pause = exchange.pause(self.patience, failure)
+                if pause is None:
+                    exchange.fail(failure)
+                    return
+                self.pause(pause)
         except BaseException as error:
             if exchange.sent:
+                exchange.doubt = True
                 channel.take_back(exchange)
-            if isinstance(error, BrokerError):
-                exchange.fail(error)
-            raise
+            if not isinstance(error, BrokerError):
+                raise
+            exchange.fail(error)
         finally:
             self.give(channel)
+
+    def _try(self, channel: _Channel, exchange: Exchange) -> BrokerError | None:
+        """Send a request and take its reply; answers why it is to be repeated, None where it is not."""
+        try:
+            channel.send(exchange)
+            channel.receive(exchange, lambda: not exchange.unsettled or exchange.failure or exchange.forsaken)
+        except Unavailable as error:
+            if not exchange.sent and exchange.repeats is None:
+                raise
+            exchange.doubt = exchange.doubt or exchange.sent
+            return error
+        if exchange.forsaken:
+            channel.take_back(exchange)
+            return None
+        return exchange.failure
+
+    def pause(self, seconds: float) -> None:
+        """Wait before a repeat; FailedPrecondition where the connection is closed meanwhile."""
+        self._closing.wait(seconds)
+        self.check_open()
 
     def call(
         self,
@@ -246,6 +279,7 @@ class _Connection:
     def close(self) -> None:
         """Close every socket; one in use by another thread is closed by that thread, whose call ends soon."""
         self.closed = True
+        self._closing.set()
         self._close_idle()
 
     def _close_idle(self) -> None:
@@ -284,6 +318,7 @@ class _Pages(Generic[T]):
                 self.close()
                 raise StopIteration
             try:
+                self._stream.deadline = time.monotonic() + self._stream.timeout
                 self._channel.receive(self._stream, lambda: self._stream.pages or self._stream.over)
                 page = self._stream.take()
             except BaseException:
@@ -358,6 +393,25 @@ class Walk:
             self._current.close()
 
     def _next_page(self) -> WalkPage:
+        """The next page; where the walk broke off it is asked for behind the last one, as a request is repeated."""
+        deadline = time.monotonic() + self._timeout
+        repeats: session.Repeats | None = None
+        while True:
+            try:
+                return self._page_or_end()
+            except Unavailable as error:
+                if repeats is None:
+                    # Without a page asked for there was no broker to ask.
+                    if self._current is None or not self._connection.patience.seconds:
+                        raise
+                    repeats = session.Repeats(self._connection.patience, deadline)
+                pause = repeats.pause(error)
+                if pause is None:
+                    raise
+            self._connection.pause(pause)
+            self._current = None
+
+    def _page_or_end(self) -> WalkPage:
         if self._current is None:
             self._current = self._ask()
         try:
@@ -592,13 +646,13 @@ class Broker:
         *,
         timeout: float | None = None,
         progress: OnProgress | None = None,
-    ) -> list[Mount]:
+    ) -> Mounts:
         """Create the active snapshot `key` on the committed `parent`, or an empty one; answers the mounts to make."""
         return self._call(session.prepare(key, parent, labels), session.read_mounts, timeout, progress)
 
     def view(
         self, key: str, parent: str = "", labels: Mapping[str, str] | None = None, *, timeout: float | None = None
-    ) -> list[Mount]:
+    ) -> Mounts:
         """Create the read-only snapshot `key` of the committed `parent`; answers the mounts to make."""
         return self._call(session.view(key, parent, labels), session.read_mounts, timeout)
 
@@ -609,6 +663,7 @@ class Broker:
         parent: str = "",
         labels: Mapping[str, str] | None = None,
         sync: bool = False,
+        fence: int = 0,
         *,
         timeout: float | None = None,
         progress: OnProgress | None = None,
@@ -616,16 +671,18 @@ class Broker:
         """Turn the active `key` into the committed `name`, which has exactly `labels`; the key is free again.
 
         `sync`: its files are durable before the name exists. `parent`: the parent of one prepared without (rebase).
+        `fence`: that of the mounts of the snapshot that is meant; FailedPrecondition where `key` is another's.
         """
-        self._call(session.commit(name, key, parent, labels, sync), session.read_nothing, timeout, progress)
+        call = session.commit(name, key, parent, labels, sync, fence)
+        self._call(call, session.read_nothing, timeout, progress)
 
-    def remove(self, key: str, *, timeout: float | None = None) -> None:
-        """Remove a snapshot without children; its files are deleted in the background."""
-        self._call(protocol.Remove(key=session.text(key)), session.read_nothing, timeout)
+    def remove(self, key: str, fence: int = 0, *, timeout: float | None = None) -> None:
+        """Remove a snapshot without children; its files are deleted in the background. `fence`: as for commit."""
+        self._call(session.remove(key, fence), session.read_nothing, timeout)
 
-    def mounts(self, key: str, *, timeout: float | None = None) -> list[Mount]:
-        """The mounts of an active snapshot or view, as prepare and view answered them."""
-        return self._call(protocol.Mounts(key=session.text(key)), session.read_mounts, timeout)
+    def mounts(self, key: str, fence: int = 0, *, timeout: float | None = None) -> Mounts:
+        """The mounts of an active snapshot or view, as prepare and view answered them. `fence`: as for commit."""
+        return self._call(session.mounts(key, fence), session.read_mounts, timeout)
 
     def stat(self, key: str, *, timeout: float | None = None) -> Info:
         """What is known of a snapshot."""
@@ -670,8 +727,8 @@ class Broker:
         many seconds without any message the journal is asked whether something was missed, until two heartbeats
         have told their interval; from then on three intervals.
         """
-        within, patience = self._seconds(timeout), session.seconds(silence)
-        return Events(self._connection, self._named(), self.namespace, since, topics, follow, within, patience)
+        within, still = self._seconds(timeout), session.seconds(silence)
+        return Events(self._connection, self._named(), self.namespace, since, topics, follow, within, still)
 
     def status(self, *, timeout: float | None = None) -> StatusAnswer:
         """How the broker and its snapshotters are."""
@@ -738,6 +795,7 @@ def connect(
     snapshotter: str | None = None,
     timeout: float = session.TIMEOUT_SECONDS,
     connect_timeout: float = sockets.CONNECT_SECONDS,
+    patience: float = session.PATIENCE_SECONDS,
     events_endpoint: str | None = None,
 ) -> Broker:
     """A connection to a broker; use it as a context manager, or close it.
@@ -745,10 +803,12 @@ def connect(
     What is not given comes from SNAPBROKER_ENDPOINT, SNAPBROKER_NAMESPACE, SNAPBROKER_SNAPSHOTTER and
     SNAPBROKER_EVENTS_ENDPOINT, else from the defaults: the machine's own socket, `default`, the broker's only
     snapshotter. The broker need not be there yet: a call waits for it up to `connect_timeout` seconds.
+    A request whose connection breaks, or that finds the snapshotter unavailable, is repeated for up to `patience`
+    seconds, within its own timeout, and takes effect once; with 0 nothing is repeated.
     """
     router = endpoints.router_endpoint(endpoint)
     chosen_namespace = endpoints.namespace_or_default(namespace)
     chosen_snapshotter = endpoints.snapshotter_or_none(snapshotter)
     publisher = endpoints.events_endpoint(events_endpoint, router)
-    connection = _Connection(router, publisher, session.seconds(timeout), session.seconds(connect_timeout))
+    connection = _Connection(router, publisher, session.seconds(timeout), session.seconds(connect_timeout), patience)
     return Broker(connection, chosen_namespace, chosen_snapshotter)

@@ -36,6 +36,8 @@ LABELS_MAX: Final = 1024
 """Most labels a snapshot may carry: keeps a record within one page of a walk."""
 NAMESPACE_BYTES_MAX: Final = 76
 """Longest namespace (C70)."""
+FENCE_MAX: Final = 2**63 - 1
+"""Highest fencing number: that of a sequence."""
 
 SNAPSHOT_REF_LABEL: Final = "containerd.io/snapshot.ref"
 """On prepare: "do you have this?"; on a committed snapshot: "this is it" (C93-C96)."""
@@ -72,6 +74,17 @@ class Mount(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     source: str
     options: tuple[str, ...] = ()
     target: str = ""
+
+
+class Mounts(list[Mount]):
+    """The mounts of an active snapshot or view, to make in their order; as a list it is equal to any other of the same.
+
+    `fence` is the snapshot's fencing number: a later snapshot under the same key has a higher one. Commit, remove and
+    mounts that carry it are refused with failed_precondition once the key stands for another snapshot.
+    """
+
+    # No __init__ of its own and no argument: it is made for every answer, and a list is made in C.
+    fence: int = 0
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):

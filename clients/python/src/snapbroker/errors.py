@@ -22,6 +22,8 @@ class BrokerError(Exception):
 
     code: ClassVar[str] = "internal"
     exit_status: ClassVar[int] = 1
+    in_doubt: bool = False
+    """Whether the call may have taken effect all the same: no answer came, and a repeat brought none either."""
 
     def __init__(self, message: str, details: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)

@@ -6,12 +6,25 @@ the exchange can tell when nobody waits for any of its calls: then, and only the
 back with a `Cancel`, for its calls belong to different callers. A `Stream` is a request with one call that
 is answered in pages.
 
+*Repeats.* A request is tried again when its connection broke, and when the broker answers that it is unavailable: the
+same calls in the same order, under another request id and with the token of the first try, by which the broker knows
+what it has done already (RFC 1, 6.5). An outcome that came stays; that of the repeat says the same. A caller that gives
+up while its request waits for the next try cannot be left out of it, for a token stands for all its calls: the
+front sends a `Cancel` for the calls `given_up` right behind the repeat. `Patience` has the pace, `Repeats` the count.
+
+*Doubt.* A try without a reply may have taken effect. A later try that is refused does not take that doubt away, only
+an outcome does: until then every error that is told says so, and has `in_doubt` set.
+
 Whatever the broker sends, a call ends with its answer or with an error of the contract.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
+import random
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
@@ -19,8 +32,19 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 import msgspec
 
 from snapbroker import protocol
-from snapbroker.contract import Info, Mount, Usage
-from snapbroker.errors import BrokerError, Cancelled, DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument
+from snapbroker.contract import FENCE_MAX, Info, Mounts, Usage
+from snapbroker.errors import (
+    AlreadyExists,
+    BrokerError,
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+    Unimplemented,
+)
 from snapbroker.protocol import BODY_BYTES_MAX, CALLS_MAX, DONE, MORE, REQUEST_VERSION, Call, Progress
 
 if TYPE_CHECKING:
@@ -35,10 +59,27 @@ READS_PER_REQUEST: Final = 32
 on one while the client reads the answer of another. Measured with 64 callers: 143,000 stats a second in one request,
 170,000 in two. Writes gain more by sharing a commit."""
 READS: Final = frozenset((protocol.Stat, protocol.Mounts, protocol.UsageOf))
+CHANGES: Final = frozenset((protocol.Prepare, protocol.View, protocol.Commit, protocol.Remove, protocol.Update))
+"""What must not be done twice: a request with one of these carries a token."""
 WALK_PAGE: Final = 1000
 """Infos in one page of a walk."""
 PAGES_AT_ONCE: Final = 8
 """Pages asked for at once by walk and events: what a slow reader may have lying in its memory."""
+PATIENCE_SECONDS: Final = 10.0
+"""How long a request is repeated where the caller says nothing: a restart and a recovery take a second or two."""
+PAUSE_SECONDS: Final = 0.05
+"""Longest pause before the first repeat; doubled with every further one."""
+PAUSE_SECONDS_MAX: Final = 1.0
+"""Longest pause of a client's own between two repeats."""
+RETRY_AFTER_SECONDS_MAX: Final = 5.0
+"""Longest pause that a broker's `retry_after_ms` is believed."""
+
+_AGAIN: Final = frozenset((Unavailable.code, Cancelled.code))
+"""Codes of calls that are repeated. `cancelled`, to a call that nobody took back, is what a broker that stops says."""
+_DECIDED: Final = frozenset(
+    error.code for error in (NotFound, AlreadyExists, FailedPrecondition, InvalidArgument, Unimplemented)
+)
+"""Codes that are an outcome: a call that has one of these had no effect, in no try (RFC 1, 6.5)."""
 
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
@@ -57,9 +98,12 @@ _mounts = _reader(protocol.MountsAnswer)
 _empty = _reader(protocol.Empty)
 
 
-def read_mounts(ok: msgspec.Raw) -> list[Mount]:
+def read_mounts(ok: msgspec.Raw) -> Mounts:
     """The answer of prepare, view and mounts."""
-    return list(_mounts(ok).mounts)
+    answer = _mounts(ok)
+    mounts = Mounts(answer.mounts)
+    mounts.fence = answer.fence
+    return mounts
 
 
 def read_nothing(ok: msgspec.Raw) -> None:
@@ -99,6 +143,13 @@ def label_map(labels: Mapping[str, str] | None) -> dict[str, str]:
     return {text(key, "a label's key"): text(value, f"label {key!r}") for key, value in labels.items()}
 
 
+def fence_number(value: object) -> int:
+    """`value` if it can be a fencing number, 0 for any; InvalidArgument else."""
+    if type(value) is int and 0 <= value <= FENCE_MAX:
+        return value
+    raise InvalidArgument(f"fence must be the number that prepare or view answered, or 0, not {value!r}")
+
+
 def prepare(key: str, parent: str, labels: Mapping[str, str] | None) -> protocol.Prepare:
     """A prepare."""
     return protocol.Prepare(key=text(key), parent=text(parent, "parent"), labels=label_map(labels))
@@ -109,11 +160,28 @@ def view(key: str, parent: str, labels: Mapping[str, str] | None) -> protocol.Vi
     return protocol.View(key=text(key), parent=text(parent, "parent"), labels=label_map(labels))
 
 
-def commit(name: str, key: str, parent: str, labels: Mapping[str, str] | None, sync: bool) -> protocol.Commit:
+def commit(
+    name: str, key: str, parent: str, labels: Mapping[str, str] | None, sync: bool, fence: int
+) -> protocol.Commit:
     """A commit."""
     return protocol.Commit(
-        name=text(name, "name"), key=text(key), parent=text(parent, "parent"), labels=label_map(labels), sync=bool(sync)
+        name=text(name, "name"),
+        key=text(key),
+        parent=text(parent, "parent"),
+        labels=label_map(labels),
+        sync=bool(sync),
+        fence=fence_number(fence),
     )
+
+
+def remove(key: str, fence: int) -> protocol.Remove:
+    """A remove."""
+    return protocol.Remove(key=text(key), fence=fence_number(fence))
+
+
+def mounts(key: str, fence: int) -> protocol.Mounts:
+    """A mounts."""
+    return protocol.Mounts(key=text(key), fence=fence_number(fence))
 
 
 def update(name: str, labels: Mapping[str, str] | None, fieldpaths: Sequence[str]) -> protocol.Update:
@@ -151,9 +219,11 @@ def timeout_ms(timeout: float) -> int:
     return max(1, round(timeout * 1000)) if timeout < 2**31 else 0
 
 
-def encode(calls: Sequence[Call], namespace: str, timeout: float, *, atomic: bool = False) -> bytes:
+def encode(calls: Sequence[Call], namespace: str, timeout: float, *, atomic: bool = False, token: bytes = b"") -> bytes:
     """The body of a request; InvalidArgument where a call cannot be sent or all are too long together."""
-    request = protocol.Request(calls=tuple(calls), namespace=namespace, atomic=atomic, timeout_ms=timeout_ms(timeout))
+    request = protocol.Request(
+        calls=tuple(calls), namespace=namespace, atomic=atomic, timeout_ms=timeout_ms(timeout), token=token
+    )
     try:
         body = protocol.encode(request)
     except (UnicodeEncodeError, msgspec.MsgspecError, TypeError, OverflowError) as error:
@@ -180,6 +250,97 @@ def reply_frames(frames: Sequence[bytes]) -> tuple[bytes, bool, bytes] | None:
     if version != REQUEST_VERSION or (more != DONE and more != MORE):
         return None
     return request_id, more == DONE, body
+
+
+# When a request is repeated.
+
+
+class Patience:
+    """How long the requests of one connection are repeated, at what pace, and the tokens that they carry.
+
+    `seconds`: 0 for never. `clock` tells seconds, `chance` a number from 0 up to 1, `entropy` so many random bytes.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+        chance: Callable[[], float] = random.random,
+        entropy: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        self.seconds = patience_seconds(seconds)
+        self.clock = clock
+        self.chance = chance
+        # Random bytes of the connection and a counter are as unique as random bytes for each request, and cheaper.
+        self._prefix = entropy(16)
+        self._numbers = itertools.count(1)
+
+    def equip(self, exchange: Exchange) -> None:
+        """Make the request one that can be repeated."""
+        if self.seconds:
+            exchange.patient = True
+            if not CHANGES.isdisjoint(map(type, exchange.calls)):
+                exchange.token = self._prefix + next(self._numbers).to_bytes(8, "big")
+
+
+def patience_seconds(seconds: float) -> float:
+    """`seconds` if requests can be repeated for so long; InvalidArgument else."""
+    if isinstance(seconds, int | float) and seconds >= 0:
+        return seconds
+    raise InvalidArgument(f"patience must be a number of seconds, 0 to repeat nothing, not {seconds!r}")
+
+
+class Repeats:
+    """The repeats of one request: since when, how many, and for how long there may be more.
+
+    `deadline` is the request's own, on the clock of `patience`.
+    """
+
+    __slots__ = ("_deadline", "_patience", "_since", "_until", "count")
+
+    def __init__(self, patience: Patience, deadline: float) -> None:
+        self._patience = patience
+        self._since = patience.clock()
+        self._deadline = deadline
+        self._until = min(deadline, self._since + patience.seconds)
+        self.count = 0
+
+    def pause(self, error: BrokerError) -> float | None:
+        """Seconds until the next repeat, a random number of them; None where that would be too late.
+
+        Callers that lost the same broker come back spread over the pause. What the broker asks for comes on top.
+        """
+        longest = min(math.ldexp(PAUSE_SECONDS, min(self.count, 16)), PAUSE_SECONDS_MAX)
+        pause = retry_after(error) + self._patience.chance() * longest
+        if self._patience.clock() + pause >= self._until:
+            return None
+        self.count += 1
+        return pause
+
+    @property
+    def time_left(self) -> float:
+        """Seconds until the request's deadline."""
+        return max(0.0, self._deadline - self._patience.clock())
+
+    @property
+    def patience_left(self) -> float:
+        """Seconds until there is no further repeat."""
+        return max(0.0, self._until - self._patience.clock())
+
+    def told(self) -> str:
+        """How often and how long, for a message; empty where there was none."""
+        if not self.count:
+            return ""
+        times = "once" if self.count == 1 else f"{self.count} times"
+        return f"; repeated {times} in {self._patience.clock() - self._since:.1f} s"
+
+
+def retry_after(error: BrokerError) -> float:
+    """Seconds that the broker asks to wait, as far as it is believed."""
+    asked = error.details.get("retry_after_ms")
+    if not isinstance(asked, int | float) or not asked > 0:
+        return 0.0
+    return min(asked / 1000, RETRY_AFTER_SECONDS_MAX)
 
 
 # Requests under way.
@@ -240,9 +401,26 @@ class Answer(Generic[T]):
 
 
 class Pursuit:
-    """What the clients need of any request under way: whose it is, and how to end it."""
+    """What the clients need of any request under way: whose it is, and how to end it.
 
-    __slots__ = ("calls", "deadline", "namespace", "on_end", "request_id", "sent", "target", "timeout", "timer")
+    `failure`, once a try is over, is why the request is to be repeated. `doubt`: a try without a reply may have taken
+    effect.
+    """
+
+    __slots__ = (
+        "calls",
+        "deadline",
+        "doubt",
+        "failure",
+        "namespace",
+        "on_end",
+        "repeats",
+        "request_id",
+        "sent",
+        "target",
+        "timeout",
+        "timer",
+    )
 
     def __init__(self, target: bytes, namespace: str, timeout: float) -> None:
         self.target = target
@@ -254,6 +432,9 @@ class Pursuit:
         self.deadline = math.inf
         self.timer: Any = None
         self.on_end: Callable[[], object] | None = None
+        self.failure: BrokerError | None = None
+        self.doubt = False
+        self.repeats: Repeats | None = None
 
     def encode(self) -> bytes:
         """The body to send."""
@@ -276,12 +457,27 @@ class Pursuit:
 class Exchange(Pursuit):
     """A request whose calls have one outcome each."""
 
-    __slots__ = ("_abandoned", "_progress", "_readers", "_slots", "atomic", "unsettled")
+    __slots__ = (
+        "_abandoned",
+        "_forgone",
+        "_progress",
+        "_readers",
+        "_refused",
+        "_slots",
+        "atomic",
+        "patient",
+        "token",
+        "unsettled",
+    )
 
     def __init__(self, target: bytes, namespace: str, timeout: float, *, atomic: bool = False) -> None:
         super().__init__(target, namespace, timeout)
         self.atomic = atomic
+        self.patient = False
+        self.token = b""
         self.unsettled = 0
+        self._refused: dict[int, BrokerError] = {}
+        self._forgone: list[int] = []
         self._readers: list[Read[Any]] = []
         self._slots: list[Slot[Any] | None] = []
         self._progress: dict[int, OnProgress] = {}
@@ -328,8 +524,28 @@ class Exchange(Pursuit):
         return 0 < self.unsettled <= self._abandoned
 
     def encode(self) -> bytes:
-        """The body to send."""
-        return encode(self.calls, self.namespace, self.timeout, atomic=self.atomic)
+        """The body to send; a repeat has the time that is left."""
+        timeout = self.timeout if self.repeats is None else self.repeats.time_left
+        return encode(self.calls, self.namespace, timeout, atomic=self.atomic, token=self.token)
+
+    def pause(self, patience: Patience, error: BrokerError) -> float | None:
+        """Make ready for another try; answers the seconds until then, None where there is none."""
+        if not self.patient:
+            return None
+        if self.repeats is None:
+            self.repeats = Repeats(patience, self.deadline)
+        pause = self.repeats.pause(error)
+        if pause is not None:
+            self.sent = False
+            self.failure = None
+            self._refused.clear()
+        return pause
+
+    @property
+    def given_up(self) -> tuple[int, ...]:
+        """The calls that a repeat must hold although their callers have gone."""
+        open_ = (index for index, slot in enumerate(self._slots) if slot is not None and slot.done())
+        return (*self._forgone, *open_)
 
     def halves(self) -> list[Exchange]:
         """The same calls in two requests, for one that cannot be sent as it is; none where it has to stay whole.
@@ -350,7 +566,7 @@ class Exchange(Pursuit):
         return halves
 
     def receive(self, body: bytes, last: bool) -> bool:
-        """Take one part of the reply; True when every call has its outcome."""
+        """Take one part of the reply; True when every call has its outcome, or this try is over: see `failure`."""
         reply = protocol.decode_reply(body)
         slots = self._slots
         readers = self._readers
@@ -364,12 +580,16 @@ class Exchange(Pursuit):
             if outcome.progress is not None:
                 self._report(index, slot, outcome.progress)
                 continue
+            if outcome.error is not None and self._refuse(index, slot, outcome.error):
+                continue
             slots[index] = None
             self.unsettled -= 1
             if slot.done():
                 self._abandoned -= 1
             elif outcome.error is not None:
-                slot.set_exception(protocol.error_of(outcome.error))
+                refusal = protocol.error_of(outcome.error)
+                final = self.repeats is None or refusal.code in _DECIDED
+                slot.set_exception(refusal if final else self._told(index, refusal))
             else:
                 try:
                     value = readers[index](outcome.ok)
@@ -378,10 +598,42 @@ class Exchange(Pursuit):
                 else:
                     slot.set_result(value)
         if reply.error is not None:
-            self.fail(protocol.error_of(reply.error))
-        elif last and self.unsettled:
-            raise Internal("the broker ended its reply without an outcome for every call")
+            return self._receive_refusal(protocol.error_of(reply.error))
+        if last and self.unsettled:
+            self._end_try()
+            return True
         return not self.unsettled
+
+    def _refuse(self, index: int, slot: Slot[Any], fault: protocol.Fault) -> bool:
+        """Keep a call open that a repeat may bring an outcome for."""
+        if not self.patient or fault.code not in _AGAIN:
+            return False
+        if slot.done():
+            # Nobody waits for it, but a repeat for the others would execute it.
+            self._forgone.append(index)
+            return False
+        self._refused[index] = protocol.error_of(fault)
+        return True
+
+    def _receive_refusal(self, error: BrokerError) -> bool:
+        """The request was refused as a whole, or the snapshotter died: only its message tells which."""
+        self.doubt = self.doubt or (error.code == Unavailable.code and "unknown" in error.message)
+        if self.patient and error.code == Unavailable.code:
+            self.failure = error
+        else:
+            self.fail(error)
+        return True
+
+    def _end_try(self) -> None:
+        """The reply is over and calls are open: those that were refused."""
+        if len(self._refused) < self.unsettled:
+            raise Internal("the broker ended its reply without an outcome for every call")
+        error = next(iter(self._refused.values()))
+        if self.atomic and self.unsettled < len(self.calls):
+            # The reason is another call's, and final: these were taken back with it.
+            self.fail(error)
+        else:
+            self.failure = error
 
     def fail(self, error: BrokerError) -> None:
         """End every call without outcome with an error of its own: one exception in many tasks mixes tracebacks."""
@@ -389,9 +641,21 @@ class Exchange(Pursuit):
             return
         for index, slot in enumerate(self._slots):
             if slot is not None and not slot.done():
-                slot.set_exception(type(error)(error.message, error.details))
+                slot.set_exception(self._told(index, self._refused.get(index, error)))
             self._slots[index] = None
         self.unsettled = 0
+
+    def _told(self, index: int, error: BrokerError) -> BrokerError:
+        """The error for the caller of one call: how long it was repeated, and whether it may have taken effect."""
+        message = error.message
+        doubt = self.doubt and type(self.calls[index]) in CHANGES
+        if self.repeats is not None:
+            message += self.repeats.told()
+        if doubt and "unknown" not in message:
+            message += "; it is unknown whether the call took effect: look with stat"
+        told = type(error)(message, error.details)
+        told.in_doubt = doubt
+        return told
 
     def _report(self, index: int, slot: Slot[Any], progress: Progress) -> None:
         """Hand on how far a call is; a callback that fails gives its own call up, and no other."""
@@ -485,27 +749,33 @@ class BatchCalls:
         self._answers: list[Answer[Any]] = []
         self._sent = False
 
-    def prepare(self, key: str, parent: str = "", labels: Mapping[str, str] | None = None) -> Answer[list[Mount]]:
+    def prepare(self, key: str, parent: str = "", labels: Mapping[str, str] | None = None) -> Answer[Mounts]:
         """An active snapshot; answers its mounts."""
         return self._add(prepare(key, parent, labels), read_mounts)
 
-    def view(self, key: str, parent: str = "", labels: Mapping[str, str] | None = None) -> Answer[list[Mount]]:
+    def view(self, key: str, parent: str = "", labels: Mapping[str, str] | None = None) -> Answer[Mounts]:
         """A read-only snapshot; answers its mounts."""
         return self._add(view(key, parent, labels), read_mounts)
 
     def commit(
-        self, name: str, key: str, parent: str = "", labels: Mapping[str, str] | None = None, sync: bool = False
+        self,
+        name: str,
+        key: str,
+        parent: str = "",
+        labels: Mapping[str, str] | None = None,
+        sync: bool = False,
+        fence: int = 0,
     ) -> Answer[None]:
         """The active `key` becomes the committed `name`."""
-        return self._add(commit(name, key, parent, labels, sync), read_nothing)
+        return self._add(commit(name, key, parent, labels, sync, fence), read_nothing)
 
-    def remove(self, key: str) -> Answer[None]:
+    def remove(self, key: str, fence: int = 0) -> Answer[None]:
         """The snapshot goes."""
-        return self._add(protocol.Remove(key=text(key)), read_nothing)
+        return self._add(remove(key, fence), read_nothing)
 
-    def mounts(self, key: str) -> Answer[list[Mount]]:
+    def mounts(self, key: str, fence: int = 0) -> Answer[Mounts]:
         """The mounts of an active snapshot or view."""
-        return self._add(protocol.Mounts(key=text(key)), read_mounts)
+        return self._add(mounts(key, fence), read_mounts)
 
     def stat(self, key: str) -> Answer[Info]:
         """What is known of a snapshot."""

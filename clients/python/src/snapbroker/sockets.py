@@ -208,16 +208,10 @@ def absent(endpoint: str, seconds: float) -> str:
 
 def vanished(endpoint: str) -> str:
     """The message for a broker that went away with a call under way."""
-    return (
-        f"the connection to the broker at {endpoint} broke with the call under way: it is unknown whether it took "
-        "effect; look with stat once the broker is back"
-    )
+    return f"the connection to the broker at {endpoint} broke with the call under way"
 
 
 def overdue(endpoint: str, target: bytes, seconds: float) -> str:
     """The message for a reply that did not come in time."""
     who = repr(target.decode(errors="replace")) if target else "the broker itself"
-    return (
-        f"no answer from {who} at {endpoint} within {seconds:g} s: it is unknown whether the call took effect; "
-        "look with stat, or give a longer timeout"
-    )
+    return f"no answer from {who} at {endpoint} within {seconds:g} s"

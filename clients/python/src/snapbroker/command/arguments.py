@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from snapbroker.command.failures import epilog
+from snapbroker.contract import FENCE_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +21,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parsed.command = parsed.command[1:] if parsed.command[:1] == ["--"] else parsed.command
         if not parsed.command:
             parsed.parser.error("a command is needed: snapbroker run --parent P -- COMMAND...")
+    if parsed.verb == "rm" and parsed.fence and len(parsed.keys) > 1:
+        parsed.parser.error("--fence is that of one snapshot: name one KEY")
     return parsed
 
 
@@ -44,6 +47,12 @@ def _seconds(text: str) -> float:
 def _sequence(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a sequence number")
+    return int(text)
+
+
+def _fence(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= FENCE_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fencing number")
     return int(text)
 
 
@@ -125,6 +134,16 @@ class _Verbs:
             help="a label; may be repeated",
         )
 
+    @staticmethod
+    def _fenced(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--fence",
+            metavar="N",
+            type=_fence,
+            default=0,
+            help="refuse where KEY is not the snapshot with this fencing number (prepare --json)",
+        )
+
     def _creating(self) -> None:
         for name, meaning in (
             ("prepare", "create a writable snapshot and print its mounts"),
@@ -140,8 +159,10 @@ class _Verbs:
         parser.add_argument("--sync", action="store_true", help="the files are durable before the name exists")
         parser.add_argument("--parent", metavar="P", default="", help="the parent of one prepared without (rebase)")
         self._labels(parser)
+        self._fenced(parser)
         parser = self._verb("rm", "remove snapshots that have no children")
         parser.add_argument("keys", metavar="KEY", nargs="+")
+        self._fenced(parser)
 
     def _reading(self) -> None:
         parser = self._verb("stat", "show what is known of a snapshot")
@@ -158,6 +179,7 @@ class _Verbs:
     def _mounting(self) -> None:
         parser = self._verb("mounts", "print the mounts of a snapshot")
         parser.add_argument("key", metavar="KEY")
+        self._fenced(parser)
         parser = self._verb("mount", "mount a snapshot")
         parser.add_argument("key", metavar="KEY")
         parser.add_argument("target", metavar="TARGET", help="a directory")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from snapbroker.blocking import Broker
-    from snapbroker.contract import Event, Info, Mount
+    from snapbroker.contract import Event, Info, Mounts
     from snapbroker.protocol import ActorStatus, StatusAnswer
 
 _USAGES_AT_ONCE: Final = 64
@@ -51,8 +51,9 @@ def _described(info: Info) -> dict[str, Any]:
     return msgspec.structs.asdict(info)
 
 
-def _specified(mounts: Sequence[Mount]) -> list[dict[str, Any]]:
-    return [msgspec.structs.asdict(mount) for mount in mounts]
+def _specified(mounts: Mounts) -> list[dict[str, Any]]:
+    """Each mount with the fence of all: the document stays an array of mounts."""
+    return [{**msgspec.structs.asdict(mount), "fence": mounts.fence} for mount in mounts]
 
 
 # Snapshots come and go.
@@ -69,10 +70,10 @@ def _view(broker: Broker, arguments: argparse.Namespace, output: Output) -> int:
 
 
 def _mounts(broker: Broker, arguments: argparse.Namespace, output: Output) -> int:
-    return _show_mounts(broker.mounts(arguments.key), output)
+    return _show_mounts(broker.mounts(arguments.key, arguments.fence), output)
 
 
-def _show_mounts(mounts: Sequence[Mount], output: Output) -> int:
+def _show_mounts(mounts: Mounts, output: Output) -> int:
     if output.as_json:
         output.document(_specified(mounts))
         return 0
@@ -85,7 +86,8 @@ def _show_mounts(mounts: Sequence[Mount], output: Output) -> int:
 
 
 def _commit(broker: Broker, arguments: argparse.Namespace, output: Output) -> int:
-    broker.commit(arguments.name, arguments.key, arguments.parent, dict(arguments.labels), sync=arguments.sync)
+    labels = dict(arguments.labels)
+    broker.commit(arguments.name, arguments.key, arguments.parent, labels, arguments.sync, arguments.fence)
     if output.as_json:
         output.document({"name": arguments.name, "key": arguments.key})
     return 0
@@ -97,7 +99,7 @@ def _remove(broker: Broker, arguments: argparse.Namespace, output: Output) -> in
     status = 0
     for key in arguments.keys:
         try:
-            broker.remove(key)
+            broker.remove(key, arguments.fence)
         except BrokerError as error:
             print(complaint(error), file=sys.stderr)
             status = status or error.exit_status
