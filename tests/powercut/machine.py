@@ -1,0 +1,298 @@
+"""A machine that loses power again and again: load, cut, the daemon on what is left, everything checked, and on.
+
+Each round has one of two cuts: in the middle of a load, after a random number of answers and a random moment more; or
+while the daemon starts, in the middle of a recovery. Then the image is mounted, the daemon started on it, and held
+against the books of every client:
+
+- A request that was acknowledged before the image was taken is there exactly; one that was under way is there whole or
+  not at all; one that was sent later cannot be there.
+- The journal's events of a client are those of its requests, no more and no less; it has no gap; replayed it gives what
+  a walk shows. Every repeat with a token gets the first answer and changes nothing; where there was none, it is executed.
+- No record is without its files, and none of the files is without a record. Files of a `sync` commit, and files that
+  their writer flushed, are whole byte by byte, through the snapshot's own mounts.
+- The clients go on: what they prepare, commit and remove next is checked like everything else.
+
+Everything random comes from one seed; how the threads of a machine interleave does not.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final, Self
+
+from snapbroker import mount
+from snapbroker.contract import Info, Kind
+from snapbroker.errors import BrokerError
+from snapbroker.protocol import Commit, Mounts, MountsAnswer, Prepare, Remove, View
+from tests.daemon.support import wait_until
+from tests.harness import Daemon, Result, Wire
+from tests.oracle import Oracle, timeless
+from tests.powercut.books import Books, Happening, Said, Step, Wrote, check_results
+from tests.powercut.checks import check_directories, check_journal, check_recovered, events_of, happenings, walked
+from tests.powercut.client import Client, check_contents
+from tests.powercut.disk import Cut, Disk
+
+BACKENDS: Final = {"ext4": ("overlayfs", "native"), "xfs": ("overlayfs", "native"), "btrfs": ("btrfs", "native")}
+"""The snapshotters of a machine, by the filesystem that they lie on."""
+CLIENTS: Final = 3
+"""Clients of each snapshotter."""
+ANSWERS_MAX: Final = 300
+"""Most answers before a cut; the fewest are none."""
+MOMENT_S: Final = 0.02
+"""Longest time between the last of these answers and the cut."""
+START_S: Final = 0.8
+"""Longest time between the daemon's start and a cut in it: until about when it serves."""
+STARTS: Final = 0.15
+"""Share of the cuts that are made while the daemon starts."""
+
+
+class Machine:
+    """One filesystem, one daemon, its clients, and their books; a context manager."""
+
+    def __init__(self, filesystem: str, host: Path, seed: str, environment: dict[str, str] | None = None) -> None:
+        self.figures: Counter[str] = Counter()
+        self.seed = f"{seed}/{filesystem}"
+        self._filesystem = filesystem
+        self._host = host
+        self._undo = ExitStack()
+        self._rounds = 0
+        self._books: dict[str, Books] = {}
+        self._sequences: dict[str, int] = {}
+        self._environment = environment
+        self._disk: Disk | None = None
+
+    def __enter__(self) -> Self:
+        with ExitStack() as undo:
+            target = self._host / f"{self._filesystem}-mounted"
+            snapshotters = BACKENDS[self._filesystem]
+            sections = {name: {"backend": name, "root": str(target / name)} for name in snapshotters}
+            self._daemon = Daemon(sections, environment=self._environment)
+            undo.callback(self._take_down)
+            self._insert(Disk.made(self._filesystem, self._host, target))
+            self._daemon.start()
+            for name in snapshotters:
+                self._sequences[name] = 0
+                for number in range(CLIENTS):
+                    books = Books(Oracle(name, f"client-{number}", rebases=name == "overlayfs"))
+                    self._books[books.name] = books
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._undo.__exit__(*exception)  # type: ignore[arg-type]
+
+    def _insert(self, disk: Disk) -> None:
+        disk.__enter__()
+        self._disk = disk
+
+    def _eject(self) -> None:
+        if self._disk is not None:
+            disk, self._disk = self._disk, None
+            disk.__exit__()
+
+    def _take_down(self) -> None:
+        """The daemon before the disk it is on."""
+        try:
+            self._daemon.remove()
+        finally:
+            self._eject()
+
+    def round(self) -> None:
+        """Cut the power once, and check what is left; AssertionError, with the seed, where something is wrong."""
+        self._rounds += 1
+        seed = f"{self.seed}/{self._rounds}"
+        clients = self._clients(seed)
+        try:
+            cut = self._cut(clients, random.Random(seed))
+            self._daemon.kill()
+            disk = self._disk
+            assert disk is not None
+            self._eject()
+            self._insert(disk.after(cut))
+            self._daemon.start()
+            for client in clients:
+                self._settle(client, cut)
+            self._check(clients)
+        except BaseException as error:
+            error.add_note(f"power cut {seed}: {self._daemon.log()[-4000:]}")
+            raise
+        finally:
+            for client in clients:
+                client.close()
+        self.figures["cuts"] += 1
+
+    def _clients(self, seed: str) -> list[Client]:
+        for books in self._books.values():
+            books.oracle.events.clear()
+        return [Client(self._daemon, books.copy(), f"{seed}/{name}") for name, books in self._books.items()]
+
+    # The cut.
+
+    def _cut(self, clients: list[Client], chance: random.Random) -> Cut:
+        assert self._disk is not None
+        pace = threading.Event()
+        if self._rounds > 1 and chance.random() < STARTS:
+            self.figures["cuts at a start"] += 1
+            self._daemon.kill()
+            self._daemon.start(wait=False)
+            pace.wait(chance.uniform(0, START_S))
+            return self._disk.cut()
+        enough, moment = chance.randint(0, ANSWERS_MAX), chance.uniform(0, MOMENT_S)
+        for client in clients:
+            client.start()
+        try:
+            wait_until(
+                lambda: (
+                    sum(client.answers for client in clients) >= enough or any(client.error for client in clients)
+                ),
+                "answers before a cut",
+            )
+            # The moment is what is random here: nothing is waited for.
+            pace.wait(moment)
+            cut = self._disk.cut()
+        finally:
+            for client in clients:
+                client.stop()
+            for client in clients:
+                client.join()
+        for client in clients:
+            if client.error is not None:
+                raise client.error
+        return cut
+
+    # What is left of each client's requests.
+
+    def _settle(self, client: Client, cut: Cut) -> None:
+        """Find out which of a client's steps the image has, and bring the client's books to that state."""
+        books = self._books[client.name]
+        sent = [step for step in client.steps if step.sent <= cut.after]
+        certain = [step for step in sent if 0 < step.answered <= cut.before]
+        doubtful = sent[len(certain) :]
+        for step in certain:
+            books.enter(step, certain=True)
+        with self._daemon.wire(client.snapshotter, books.oracle.namespace) as wire:
+            there = self._match(books, doubtful, self._found(wire))
+            self.figures["acknowledged"] += sum(isinstance(step, Said) for step in certain)
+            self.figures["under way"] += sum(isinstance(step, Said) for step in doubtful)
+            self.figures["under way, found"] += sum(isinstance(step, Said) for step in doubtful[:there])
+            books.lose_power()
+            client.books = books
+            self._repeat(client, wire, [*certain, *doubtful[:there]], doubtful[there:])
+
+    def _found(self, wire: Wire) -> tuple[list[Info], list[Happening]]:
+        infos, _ = walked(wire, wire.namespace)
+        events = events_of(wire, self._sequences[wire.snapshotter])
+        return [timeless(info) for info in infos.values()], happenings(events, wire.namespace)
+
+    def _match(self, books: Books, doubtful: list[Step], found: tuple[list[Info], list[Happening]]) -> int:
+        """How many of the doubtful steps are in the image; they are entered.
+
+        A client sends one when it has the reply to the one before, so those that are there are the first ones.
+        """
+        acknowledged = told = _told(books)
+        there = 0
+        while told != found and there < len(doubtful):
+            books.enter(doubtful[there], certain=False)
+            told = _told(books)
+            there += 1
+        if told != found:
+            raise AssertionError(
+                f"{books.oracle.snapshotter}/{books.oracle.namespace}: (acknowledged, found) "
+                f"{_differences(acknowledged[0], found[0])}; last events acknowledged {acknowledged[1][-3:]} of "
+                f"{len(acknowledged[1])}, found {found[1][-3:]} of {len(found[1])}; under way {doubtful}"
+            )
+        for step in doubtful[there:]:
+            # Of files that were being written, some may have come as far as the disk.
+            if isinstance(step, Wrote):
+                books.enter(step, certain=False)
+        return there
+
+    def _repeat(self, client: Client, wire: Wire, there: list[Step], absent: list[Step]) -> None:
+        """Every token again: the first answers, and of what had not happened, the effect."""
+        for step in there:
+            if isinstance(step, Said) and step.token:
+                results = wire.call(*step.calls, atomic=step.atomic, token=step.token)
+                assert _alike(results, step.results), f"{step}: the repeat was answered {results}"
+                self.figures["repeats"] += 1
+        for step in absent:
+            if isinstance(step, Said) and step.token:
+                step.results = wire.call(*step.calls, atomic=step.atomic, token=step.token)
+                check_results(step, client.books.say(step))
+                self.figures["repeats executed"] += 1
+
+    # What is left of the whole.
+
+    def _check(self, clients: list[Client]) -> None:
+        for client in clients:
+            self._check_snapshots(client)
+            self._go_on(client)
+        for name in self._daemon.snapshotters:
+            self.figures["left-overs"] += check_recovered(self._daemon, name)["leftovers"]
+            self.figures["records"] += check_directories(self._daemon, name)
+            mine = [client for client in clients if client.snapshotter == name]
+            with self._daemon.wire(name) as wire:
+                events = check_journal(wire, [client.books.oracle.namespace for client in mine])
+            later = events[self._sequences[name] :]
+            for client in mine:
+                # With the repeats and the checks above, there is still an event for each change, and no other.
+                told, asked = happenings(later, client.books.oracle.namespace), client.books.happened()
+                assert told == asked, f"{client.name}: events {told}, asked for {asked}"
+            self._sequences[name] = events[-1].sequence
+
+    def _check_snapshots(self, client: Client) -> None:
+        """Mounts are answered as before, and what is certain of the files is there."""
+        books = client.books
+        for name, contents in list(books.contents.items()):
+            if books.oracle.snapshots[name].kind is Kind.COMMITTED:
+                if not contents.certain:
+                    continue
+                (answer,) = client.say(View(key="look", parent=name), token=b"")
+            else:
+                (answer,) = client.say(Mounts(key=name), token=b"")
+                known = books.mounts.get(name)
+                assert known is None or _alike([answer], [known]), f"{name}: mounts {answer}, not {known}"
+            assert isinstance(answer, MountsAnswer)
+            if contents.certain:
+                with mount.mounted(answer.mounts) as directory:
+                    what = f"{self._filesystem} {client.name} {name}"
+                    self.figures["files"] += check_contents(directory, contents.certain, what)
+            if "look" in books.oracle.snapshots:
+                client.say(Remove(key="look"), token=b"")
+
+    def _go_on(self, client: Client) -> None:
+        """Prepare, commit and remove at once, whatever the load will do."""
+        books = client.books
+        (parent, *_) = [*books.names(Kind.COMMITTED), ""]
+        (answer,) = client.say(Prepare(key="next", parent=parent))
+        assert isinstance(answer, MountsAnswer)
+        client.write("next", answer)
+        client.say(Commit(name="next-committed", key="next", sync=True))
+        client.say(Remove(key="next-committed"))
+
+
+def _told(books: Books) -> tuple[list[Info], list[Happening]]:
+    return books.oracle.matching(lambda _info: True), books.happened()
+
+
+def _differences(acknowledged: list[Info], found: list[Info]) -> dict[str, tuple[Info | None, Info | None]]:
+    before, after = ({info.name: info for info in infos} for infos in (acknowledged, found))
+    names = sorted(before.keys() | after.keys())
+    return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
+
+
+def _alike(results: list[Result], first: list[Result]) -> bool:
+    """Whether the answers are the same; the device of a btrfs is another one on another machine."""
+    return [_comparable(result) for result in results] == [_comparable(result) for result in first]
+
+
+def _comparable(result: Result) -> object:
+    if isinstance(result, BrokerError):
+        return result.code, result.message
+    if isinstance(result, MountsAnswer):
+        mounts = [(each.type, "" if each.type == "btrfs" else each.source, each.options) for each in result.mounts]
+        return mounts, result.fence
+    return result
