@@ -1,6 +1,7 @@
-.PHONY: demo test lint bench fuzz
+.PHONY: demo test lint bench fuzz soak
 demo: ; @.ci/setup && .venv/bin/python benchmarks/demo.py
 test: ; @.ci/setup dev && .venv/bin/pytest -n 3 --dist loadfile $(ARGS)
 lint: ; @.ci/setup dev && .ci/lint
 bench: ; @.ci/setup dev && .venv/bin/python -m benchmarks $(ARGS)
 fuzz: ; @.ci/setup dev && .venv/bin/pytest --hypothesis-profile=fuzz --timeout=0 -k "garbage or damaged or any or whatever or comes" clients/python/tests tests/test_filters.py $(ARGS)
+soak: ; @.ci/setup dev && .venv/bin/python -m tests.soak --minutes $(or $(MINUTES),60) $(ARGS)

@@ -35,7 +35,7 @@ from snapbroker.protocol import (
     Walk,
 )
 from tests.harness import Daemon, Result, Silence, Wire
-from tests.powercut.books import Books, Digests, Said, Step, Wrote, check_results, digest
+from tests.powercut.books import Books, Contents, Digests, Said, Step, Wrote, alike, check_results, digest
 
 NAMES: Final = tuple(f"{stem}{number}" for stem in ("a", "b", "c") for number in range(8))
 """Few, so that keys are taken, freed and taken again."""
@@ -43,6 +43,8 @@ SNAPSHOTS_MAX: Final = 12
 """A client with more removes one."""
 PATHS: Final = tuple(f"{place}file-{number}" for place in ("", "below/", "below/deep/") for number in range(3))
 FILE_BYTES_MAX: Final = 40_000
+LOOK: Final = "look"
+"""The key of a view through which a committed snapshot's files are looked at."""
 REPLY_S: Final = 3.0
 """How long a client that repeats waits for a reply before it asks again."""
 PAUSE_S: Final = 0.05
@@ -55,9 +57,7 @@ _CHANGES: Final = (Prepare, View, Commit, Remove, Update)
 class Client(threading.Thread):
     """One caller of one snapshotter, at work from `start` to `stop`; `error` is what ended it before."""
 
-    def __init__(
-        self, daemon: Daemon, books: Books, seed: str, *, patience_s: float = 0.0, notes: bool = True
-    ) -> None:
+    def __init__(self, daemon: Daemon, books: Books, seed: str, *, patience_s: float = 0.0, notes: bool = True) -> None:
         super().__init__(name=books.name, daemon=True)
         self.snapshotter = books.oracle.snapshotter
         self.books = books
@@ -224,6 +224,26 @@ class Client(threading.Thread):
         self.write(key, answer)
 
     # Files.
+
+    def verify(self, digests_of: Callable[[Contents], Digests]) -> int:
+        """Mounts are answered as before, and the files are there that `digests_of` picks; answers how many files."""
+        count = 0
+        for name, contents in list(self.books.contents.items()):
+            digests = digests_of(contents)
+            committed = self.books.oracle.snapshots[name].kind is Kind.COMMITTED
+            if committed and not digests:
+                continue
+            call = View(key=LOOK, parent=name) if committed else Mounts(key=name)
+            (answer,) = self.say(call, token=None if committed else b"")
+            assert isinstance(answer, MountsAnswer)
+            known = None if committed else self.books.mounts.get(name)
+            assert known is None or alike([answer], [known]), f"{self.name}: {name} has {answer}, not {known}"
+            if digests:
+                with mount.mounted(answer.mounts) as directory:
+                    count += check_contents(directory, digests, f"{self.name} {name}")
+            if committed:
+                self.say(Remove(key=LOOK))
+        return count
 
     def write(self, key: str, answer: MountsAnswer) -> None:
         """Write some files, through the mount or where they lie; sometimes each is flushed, as by a careful program."""

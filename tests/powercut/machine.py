@@ -6,8 +6,9 @@ against the books of every client:
 
 - A request that was acknowledged before the image was taken is there exactly; one that was under way is there whole or
   not at all; one that was sent later cannot be there.
-- The journal's events of a client are those of its requests, no more and no less; it has no gap; replayed it gives what
-  a walk shows. Every repeat with a token gets the first answer and changes nothing; where there was none, it is executed.
+- The journal's events of a client are those of its requests, no more and no less; it has no gap; replayed it gives
+  what a walk shows. A repeat with a token gets the first answer and changes nothing; where there was none, it is
+  executed.
 - No record is without its files, and none of the files is without a record. Files of a `sync` commit, and files that
   their writer flushed, are whole byte by byte, through the snapshot's own mounts.
 - The clients go on: what they prepare, commit and remove next is checked like everything else.
@@ -20,20 +21,20 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final, Self
 
-from snapbroker import mount
+import psutil
+
 from snapbroker.contract import Info, Kind
-from snapbroker.errors import BrokerError
-from snapbroker.protocol import Commit, Mounts, MountsAnswer, Prepare, Remove, View
+from snapbroker.protocol import Commit, MountsAnswer, Prepare, Remove
 from tests.daemon.support import wait_until
-from tests.harness import Daemon, Result, Wire
+from tests.harness import Daemon, Wire
 from tests.oracle import Oracle, timeless
-from tests.powercut.books import Books, Happening, Said, Step, Wrote, check_results
+from tests.powercut.books import Books, Happening, Said, Step, Wrote, alike, check_results
 from tests.powercut.checks import check_directories, check_journal, check_recovered, events_of, happenings, walked
-from tests.powercut.client import Client, check_contents
+from tests.powercut.client import Client
 from tests.powercut.disk import Cut, Disk
 
 BACKENDS: Final = {"ext4": ("overlayfs", "native"), "xfs": ("overlayfs", "native"), "btrfs": ("btrfs", "native")}
@@ -101,6 +102,13 @@ class Machine:
         finally:
             self._eject()
 
+    def _switch_off(self) -> None:
+        """End all processes at once, as the power does; an actor alone would take its time to notice."""
+        for process in psutil.Process(self._daemon.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._daemon.kill()
+
     def round(self) -> None:
         """Cut the power once, and check what is left; AssertionError, with the seed, where something is wrong."""
         self._rounds += 1
@@ -108,7 +116,7 @@ class Machine:
         clients = self._clients(seed)
         try:
             cut = self._cut(clients, random.Random(seed))
-            self._daemon.kill()
+            self._switch_off()
             disk = self._disk
             assert disk is not None
             self._eject()
@@ -137,7 +145,7 @@ class Machine:
         pace = threading.Event()
         if self._rounds > 1 and chance.random() < STARTS:
             self.figures["cuts at a start"] += 1
-            self._daemon.kill()
+            self._switch_off()
             self._daemon.start(wait=False)
             pace.wait(chance.uniform(0, START_S))
             return self._disk.cut()
@@ -146,9 +154,7 @@ class Machine:
             client.start()
         try:
             wait_until(
-                lambda: (
-                    sum(client.answers for client in clients) >= enough or any(client.error for client in clients)
-                ),
+                lambda: sum(client.answers for client in clients) >= enough or any(client.error for client in clients),
                 "answers before a cut",
             )
             # The moment is what is random here: nothing is waited for.
@@ -216,7 +222,7 @@ class Machine:
         for step in there:
             if isinstance(step, Said) and step.token:
                 results = wire.call(*step.calls, atomic=step.atomic, token=step.token)
-                assert _alike(results, step.results), f"{step}: the repeat was answered {results}"
+                assert alike(results, step.results), f"{step}: the repeat was answered {results}"
                 self.figures["repeats"] += 1
         for step in absent:
             if isinstance(step, Said) and step.token:
@@ -228,7 +234,7 @@ class Machine:
 
     def _check(self, clients: list[Client]) -> None:
         for client in clients:
-            self._check_snapshots(client)
+            self.figures["files"] += client.verify(lambda contents: contents.certain)
             self._go_on(client)
         for name in self._daemon.snapshotters:
             self.figures["left-overs"] += check_recovered(self._daemon, name)["leftovers"]
@@ -242,26 +248,6 @@ class Machine:
                 told, asked = happenings(later, client.books.oracle.namespace), client.books.happened()
                 assert told == asked, f"{client.name}: events {told}, asked for {asked}"
             self._sequences[name] = events[-1].sequence
-
-    def _check_snapshots(self, client: Client) -> None:
-        """Mounts are answered as before, and what is certain of the files is there."""
-        books = client.books
-        for name, contents in list(books.contents.items()):
-            if books.oracle.snapshots[name].kind is Kind.COMMITTED:
-                if not contents.certain:
-                    continue
-                (answer,) = client.say(View(key="look", parent=name), token=b"")
-            else:
-                (answer,) = client.say(Mounts(key=name), token=b"")
-                known = books.mounts.get(name)
-                assert known is None or _alike([answer], [known]), f"{name}: mounts {answer}, not {known}"
-            assert isinstance(answer, MountsAnswer)
-            if contents.certain:
-                with mount.mounted(answer.mounts) as directory:
-                    what = f"{self._filesystem} {client.name} {name}"
-                    self.figures["files"] += check_contents(directory, contents.certain, what)
-            if "look" in books.oracle.snapshots:
-                client.say(Remove(key="look"), token=b"")
 
     def _go_on(self, client: Client) -> None:
         """Prepare, commit and remove at once, whatever the load will do."""
@@ -282,17 +268,3 @@ def _differences(acknowledged: list[Info], found: list[Info]) -> dict[str, tuple
     before, after = ({info.name: info for info in infos} for infos in (acknowledged, found))
     names = sorted(before.keys() | after.keys())
     return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
-
-
-def _alike(results: list[Result], first: list[Result]) -> bool:
-    """Whether the answers are the same; the device of a btrfs is another one on another machine."""
-    return [_comparable(result) for result in results] == [_comparable(result) for result in first]
-
-
-def _comparable(result: Result) -> object:
-    if isinstance(result, BrokerError):
-        return result.code, result.message
-    if isinstance(result, MountsAnswer):
-        mounts = [(each.type, "" if each.type == "btrfs" else each.source, each.options) for each in result.mounts]
-        return mounts, result.fence
-    return result
