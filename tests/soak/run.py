@@ -86,8 +86,9 @@ class Soak:
                 self._client(name, number) for name in self._daemon.snapshotters for number in range(CLIENTS)
             ]
             for thread in (self._watch, self._follower, self._slow, *self._clients):
-                undo.callback(thread.stop)
                 thread.start()
+                undo.callback(thread.join)
+                undo.callback(thread.stop)
             self._undo = undo.pop_all()
         return self
 
