@@ -96,7 +96,18 @@ Send = Callable[[bytes, bytes, bytes, bytes], None]
 class Ticket:
     """One open request: which outcomes are ready, how many are missing, and what works on them."""
 
-    __slots__ = ("bytes", "client", "closed", "missing", "operations", "outcomes", "request_id", "scopes", "service")
+    __slots__ = (
+        "abandoned",
+        "bytes",
+        "client",
+        "closed",
+        "missing",
+        "operations",
+        "outcomes",
+        "request_id",
+        "scopes",
+        "service",
+    )
 
     def __init__(self, service: Service, client: bytes, request_id: bytes, missing: int) -> None:
         self.service = service
@@ -106,6 +117,7 @@ class Ticket:
         self.outcomes: list[Outcome] = []
         self.bytes = 0
         self.closed = False
+        self.abandoned = False
         self.operations: list[Operation] = []
         self.scopes: dict[int, anyio.CancelScope] = {}
 
@@ -115,6 +127,12 @@ class Ticket:
             self.outcomes.append(Outcome(call=index, ok=msgspec.Raw(result)))
             self.bytes += len(result)
         else:
+            if self.abandoned and isinstance(result, Cancelled):
+                # The caller did not take it back, and may repeat it: cancelled would say neither.
+                result = Unavailable(
+                    "the snapshotter stopped before the call was done; nothing was changed, repeat in a moment",
+                    {"retry_after_ms": 1000},
+                )
             self.outcomes.append(Outcome(call=index, error=fault(result)))
         self.missing -= 1
         if self.bytes > PART_BYTES_MAX:
@@ -155,6 +173,11 @@ class Ticket:
         for number, scope in self.scopes.items():
             if not calls or number in calls:
                 scope.cancel()
+
+    def abandon(self) -> None:
+        """Take back what is not done yet because the snapshotter stops: the caller is told to repeat it."""
+        self.abandoned = True
+        self.cancel()
 
 
 class Service:
@@ -532,7 +555,7 @@ class Service:
             with anyio.move_on_after(self._limits.stop_grace_ms / 1000):
                 await self._idle.wait()
         for ticket in list(self._open.values()):
-            ticket.cancel()
+            ticket.abandon()
         self._writer.abandon()
         if self._open:
             with anyio.move_on_after(0.5):

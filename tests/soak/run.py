@@ -30,15 +30,15 @@ from tests.powercut.books import Books, Contents
 from tests.powercut.checks import check_directories, check_journal, check_recovered, walked
 from tests.powercut.client import Client
 from tests.soak.flatness import Watch
-from tests.soak.followers import Deaf, Follower, Matcher, SlowFollower
+from tests.soak.followers import HEAL_S, Deaf, Follower, Matcher, SlowFollower
 
 CLIENTS: Final = 4
 """Clients of each snapshotter."""
-PATIENCE_S: Final = 60.0
-"""How long a client repeats a request while the broker is away."""
+PATIENCE_S: Final = 300.0
+"""How long a client repeats a request: on a busy machine kills may follow each other faster than a cleanup is done."""
 KILLS: Final = 120
 """About how many kills a run of any length has; fewer than one in `KILL_S_MIN` seconds."""
-KILL_S_MIN: Final = 3.0
+KILL_S_MIN: Final = 5.0
 """Shortest mean time between two kills: an actor that dies more often is made to wait by its supervisor."""
 TICK_S: Final = 10.0
 """Between two lines of progress."""
@@ -47,7 +47,7 @@ SETTINGS: Final[dict[str, Any]] = {
     "publisher": {"send_queue_max": 5000, "heartbeat_ms": 500},
     "log_level": "warning",
 }
-LIMITS: Final = {"journal": {"events_max": 200_000}, "outcomes": {"age_max_s": 120}}
+LIMITS: Final = {"journal": {"events_max": 200_000}, "outcomes": {"age_max_s": 2 * int(PATIENCE_S)}}
 
 Say = Callable[[str], None]
 
@@ -186,12 +186,12 @@ class Soak:
             if client.error is not None:
                 self._fail(f"client {client.name}", client.error)
         self._daemon.wait_ready()
-        newest = {actor.name: actor.sequence for actor in self._daemon.status().snapshotters}
+        newest = {name: self._newest(name) for name in self._daemon.snapshotters}
         with self._checked("the follower hears of everything"):
             wait_until(
                 lambda: self._follower.error or all(self._follower.sequences[name] >= newest[name] for name in newest),
                 "the newest events",
-                timeout=PATIENCE_S,
+                timeout=HEAL_S,
             )
         self._follower.stop()
         self._slow.stop()
@@ -203,6 +203,11 @@ class Soak:
             self.failures.append(f"{name}: the follower was told {told}, asked for was {asked}")
         if left := self._matcher.open():
             self.failures.append(f"(asked for and not told, told and not asked for): {left}")
+
+    def _newest(self, name: str) -> int:
+        """The newest event; what the status tells of it is a second old."""
+        with self._daemon.wire(name) as wire:
+            return walked(wire, "default")[1]
 
     def _check(self) -> None:
         self._say("everything is checked")
