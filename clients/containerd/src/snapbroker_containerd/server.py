@@ -60,6 +60,8 @@ class Bridge:
             namespace=config.namespace,
             timeout=config.calls.call_timeout_ms / 1000,
             connect_timeout=CONNECT_S,
+            # What is away is waited for here, where a lost answer is looked for.
+            patience=0,
         ) as client:
             patience = Patience(config.patience)
             targets = Targets(client, config.snapshotters)
