@@ -404,6 +404,19 @@ class TestTask:
             copy_tree(source, scratch / "other", Task())
 
 
+class WaitingFor(Task):
+    """A copy that goes on from its fourth mebibyte once something has begun."""
+
+    def __init__(self, begun):
+        super().__init__()
+        self.begun = begun
+
+    def advance(self, entries=1, size=0):
+        super().advance(entries, size)
+        if self.bytes == 4 * MEBIBYTE:
+            assert self.begun.wait(30)
+
+
 class TestEarlyFlush:
     @pytest.fixture
     def source(self, scratch):
@@ -417,17 +430,11 @@ class TestEarlyFlush:
         monkeypatch.setattr(copying, "UNFLUSHED_BYTES", 3 * MEBIBYTE)
         begun, flushed = threading.Event(), []
 
-        class Waiting(Task):
-            def advance(self, entries=1, size=0):
-                super().advance(entries, size)
-                if self.bytes == 4 * MEBIBYTE:
-                    begun.wait(30)
-
         def flush():
             flushed.append(threading.current_thread())
             begun.set()
 
-        task = Waiting()
+        task = WaitingFor(begun)
         copy_tree(source, scratch / "copy", task, flush=flush)
         assert begun.is_set()
         assert task.bytes == 8 * MEBIBYTE
@@ -449,12 +456,14 @@ class TestEarlyFlush:
 
     def test_its_failure_is_the_copy_s(self, scratch, source, monkeypatch):
         monkeypatch.setattr(copying, "UNFLUSHED_BYTES", MEBIBYTE)
+        begun = threading.Event()
 
         def flush():
+            begun.set()
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
         with pytest.raises(OSError, match="Input/output"):
-            copy_tree(source, scratch / "copy", Task(), flush=flush)
+            copy_tree(source, scratch / "copy", WaitingFor(begun), flush=flush)
 
     def test_a_copy_that_fails_says_its_own_reason(self, scratch, source, monkeypatch):
         monkeypatch.setattr(copying, "UNFLUSHED_BYTES", MEBIBYTE)
