@@ -420,7 +420,9 @@ def check_disk(daemon: Daemon, snapshotter: str) -> None:
     daemon.wait_for(only_stocked_besides)
     for (_, name), record in records.items():
         assert not record.broken, name
-        check_whole(root / "snapshots" / str(record.id), record, daemon.snapshotters[snapshotter]["backend"])
+        check_whole(
+            root / "snapshots" / str(record.id), record, daemon.snapshotters[snapshotter].get("backend", snapshotter)
+        )
 
 
 def check_whole(place: Path, record: Record, backend: str) -> None:

@@ -157,12 +157,12 @@ async def test_pauses_double_and_differ(monkeypatch: pytest.MonkeyPatch) -> None
     assert pauses == [0.7]
 
 
-def test_the_words_of_a_lost_reply_are_the_clients_and_the_brokers() -> None:
-    from snapbroker import sockets
-
-    assert is_lost(Unavailable(sockets.vanished("ipc://x")))
-    assert is_lost(Unavailable(sockets.overdue("ipc://x", b"s", 1.0)))
-    assert not is_lost(Unavailable(sockets.absent("ipc://x", 1.0)))
+def test_what_the_client_doubts_is_lost() -> None:
+    doubted = Unavailable("the connection broke")
+    assert not is_lost(doubted)
+    doubted.in_doubt = True
+    assert is_lost(doubted)
+    assert is_lost(Unavailable("the snapshotter died; whether it took effect is unknown"))
 
 
 class Found:

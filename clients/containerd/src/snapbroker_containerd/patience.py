@@ -176,4 +176,4 @@ class Undecided(BrokerError):
 
 def is_lost(error: BrokerError) -> bool:
     """Whether the call may have taken effect all the same. The broker and the client say so in these words."""
-    return "unknown" in error.message
+    return error.in_doubt or "unknown" in error.message
