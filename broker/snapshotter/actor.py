@@ -80,7 +80,9 @@ class SnapshotterActor:
         place = Place(setup.backend, setup.root, setup.options)
         self._stocker, self._deleter = Hand(place, 0, self._lock), Hand(place, DELETER_NICENESS, self._lock)
         self._pool = (
-            Pool(self._stocker, ids, limits.pool) if isinstance(self.backend, Pooled) and limits.pool.pool_min else None
+            Pool(self._stocker, ids, lambda id_: self._trash.discard(id_, None), limits.pool)
+            if isinstance(self.backend, Pooled) and limits.pool.pool_min
+            else None
         )
         self._crew: Crew | None = None
         self._trash = Trash(self.backend, self._deleter, IDLE_S)

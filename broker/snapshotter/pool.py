@@ -62,9 +62,11 @@ class Stocker(Protocol):
 class Pool:
     """Ready directories by id; `take` from the writer, the stocking in a thread of its own."""
 
-    def __init__(self, stocker: Stocker, ids: Ids, limits: PoolLimits) -> None:
+    def __init__(self, stocker: Stocker, ids: Ids, discard: Callable[[int], None], limits: PoolLimits) -> None:
+        """`discard` puts into the trash what is left of an id, if there is anything."""
         self._stocker = stocker
         self._ids = ids
+        self._discard = discard
         self._limits = limits
         self._lock = threading.Lock()
         self._ready: deque[int] = deque()
@@ -108,13 +110,13 @@ class Pool:
             if missing <= 0:
                 self._rest()
                 continue
+            ids: list[int] = []
             try:
                 ids = self._ids.take_many(min(missing, BATCH))
                 self._stocker.stock(ids, self._task)
-            except OSError as error:
-                self._failed(error_of_system(error))
-            except BrokerError as error:
-                self._failed(error)
+            except (OSError, BrokerError) as error:
+                self._put_aside(ids)
+                self._failed(error_of_system(error) if isinstance(error, OSError) else error)
             else:
                 self._shelve(ids)
         with self._lock:
@@ -137,6 +139,15 @@ class Pool:
         self._taken += len(served)
         for waiter, id_ in served:
             waiter(id_)
+
+    def _put_aside(self, ids: list[int]) -> None:
+        """Discard what a process that was ended in the middle has made; ids are not used again."""
+        for id_ in ids:
+            try:
+                self._discard(id_)
+            except Exception as error:
+                # Without a record it is found as a left-over at the next start.
+                log.warning("left over after a failed stocking", id=id_, error=str(error))
 
     def _failed(self, error: BrokerError) -> None:
         """Tell who waits, and try again a little later."""
