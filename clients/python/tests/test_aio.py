@@ -404,6 +404,14 @@ async def test_closing_ends_what_is_under_way(fake: FakeBroker):
         await broker.stat("k")
 
 
+async def test_a_stream_whose_connection_was_closed_says_so(fake: FakeBroker):
+    async with snapbroker.aio.connect(fake.endpoint, snapshotter="overlayfs") as broker:
+        events = broker.events()
+        await events.start()
+    with pytest.raises(FailedPrecondition, match="closed"):
+        await anext(events)
+
+
 async def test_a_connection_may_be_closed_in_another_task(fake: FakeBroker):
     connection = snapbroker.aio.connect(fake.endpoint, snapshotter="overlayfs")
     broker = await asyncio.create_task(connection.__aenter__())

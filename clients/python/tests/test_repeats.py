@@ -401,13 +401,18 @@ def test_the_timeout_bounds_the_repeats_of_a_thread(thread: blocking.Broker, fak
 # Callers that give up.
 
 
-async def test_a_caller_cancelled_in_a_pause_ends_at_once_and_nothing_is_sent(tasks: aio.Broker, fake: FakeBroker):
-    fake.script.append(refuse(fault=LONG_PAUSE))
-    call = asyncio.create_task(tasks.prepare("k"))
+async def pausing(tasks: aio.Broker, fake: FakeBroker) -> None:
+    """Wait until the first request was refused and its repeat is waited for."""
     await seen(fake, lambda: fake.received)
     under_way = tasks._connection._under_way
     while under_way[fake.received[0].request_id].sent:  # noqa: ASYNC110 - a client has no event for this
         await asyncio.sleep(0)
+
+
+async def test_a_caller_cancelled_in_a_pause_ends_at_once_and_nothing_is_sent(tasks: aio.Broker, fake: FakeBroker):
+    fake.script.append(refuse(fault=LONG_PAUSE))
+    call = asyncio.create_task(tasks.prepare("k"))
+    await pausing(tasks, fake)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
@@ -422,7 +427,7 @@ async def test_a_caller_cancelled_in_a_pause_is_taken_back_behind_the_repeat_for
     pause = Fault(code="unavailable", message="restarting", details={"retry_after_ms": 300})
     fake.script.extend([refuse(fault=pause), fake_broker.silence])
     calls = [asyncio.create_task(tasks.prepare(f"k{number}")) for number in range(3)]
-    await seen(fake, lambda: fake.received)
+    await pausing(tasks, fake)
     calls[1].cancel()
     with pytest.raises(asyncio.CancelledError):
         await calls[1]

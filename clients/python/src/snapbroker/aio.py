@@ -677,6 +677,8 @@ class Events:
 
     async def _receive(self, tracker: subscriber.Tracker, socket: sockets.Socket) -> Event | None:
         """The next published event if one comes; None after a message that is not it, and after silence."""
+        # The connection may have been closed while this task let others run: its socket is closed with it.
+        self._connection.check_open()
         with suppress(zmq.Again):
             frames = socket.recv_multipart(zmq.NOBLOCK)
             self._heard = time.monotonic()
@@ -685,7 +687,6 @@ class Events:
         left = self._heard + tracker.silence - time.monotonic()
         with anyio.move_on_after(max(0.0, left)) as scope, suppress(anyio.ClosedResourceError):
             await anyio.wait_readable(sockets.descriptor(socket))
-        self._connection.check_open()
         if scope.cancelled_caught:
             self._heard = time.monotonic()
             tracker.doubt()
