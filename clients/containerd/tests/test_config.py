@@ -44,10 +44,9 @@ MISTAKES = {
     "not-a-text": ("listen = 3", "listen", "Expected `str`"),
     "not-a-flag": ("commit_sync = 1", "commit_sync", "Expected `bool`"),
     "zero": ("[calls]\ncall_timeout_ms = 0", "calls.call_timeout_ms", "must be 1 to"),
-    "negative": ("[patience]\nwait_ms = -1", "patience.wait_ms", "must be 0 to"),
+    "negative": ("[calls]\nwait_ms = -1", "calls.wait_ms", "must be 0 to"),
     "too-large": ("[server]\nmessage_bytes_max = 9999999999", "server.message_bytes_max", "must be 1 to"),
     "huge": ("[server]\nmessage_bytes_max = 1000000000000000000000000", "server.message_bytes_max", ""),
-    "order": ("[patience]\npause_initial_ms = 2000", "patience.pause_initial_ms", "above pause_max_ms"),
     "namespace": ('namespace = "a b"', "namespace", "letters and digits"),
     "no-namespace": ('namespace = ""', "namespace", "is required"),
     "mode": ("socket_mode = 0o1777", "socket_mode", "not a mode"),
@@ -98,7 +97,7 @@ def test_what_the_shipped_configuration_names_is_the_defaults(tmp_path: Path) ->
 
 def documented(package: Path) -> Iterator[str]:
     """The documentation of every key, as the sources have it."""
-    for name in ("config", "service", "patience"):
+    for name in ("config", "service"):
         found = re.findall(
             r'^    \w+: (?:str|int|bool) = .*\n    """(.*)"""$', (package / f"{name}.py").read_text(), re.MULTILINE
         )

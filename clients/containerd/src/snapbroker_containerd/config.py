@@ -13,7 +13,7 @@ from snapbroker import endpoints
 from snapbroker.contract import check_namespace
 from snapbroker.errors import BrokerError, InvalidArgument
 from snapbroker.protocol import TARGET_BYTES_MAX
-from snapbroker_containerd import logs, patience, service
+from snapbroker_containerd import logs, service
 
 NUMBER_MAX: Final = 2**31 - 1
 """Largest count, size or time: what gRPC's options hold."""
@@ -51,7 +51,6 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """json, console, or auto: console on a terminal."""
     server: ServerLimits = ServerLimits()
     calls: service.Limits = service.Limits()
-    patience: patience.Limits = patience.Limits()
     snapshotters: dict[str, str] = {}
     """Containerd name to snapshotter. Without any, `X` and `snapbroker-X` both mean the snapshotter X."""
 
@@ -109,13 +108,11 @@ def check(config: Config, source: str) -> None:
         check_namespace(config.namespace)
     except BrokerError as error:
         raise InvalidArgument(f"{source}: namespace: {error.message}") from None
-    for table in ("server", "calls", "patience"):
+    for table in ("server", "calls"):
         for key, value in msgspec.to_builtins(getattr(config, table)).items():
             lowest = 0 if key in ("wait_ms", "stop_grace_ms") else 1
             if not lowest <= value <= NUMBER_MAX:
                 raise InvalidArgument(f"{source}: {table}.{key}: must be {lowest} to {NUMBER_MAX}, not {value}")
-    if config.patience.pause_initial_ms > config.patience.pause_max_ms:
-        raise InvalidArgument(f"{source}: patience.pause_initial_ms: is above pause_max_ms")
     for name, target in config.snapshotters.items():
         where = f"{source}: snapshotters.{name}"
         if not name or len(name.encode()) > TARGET_BYTES_MAX:

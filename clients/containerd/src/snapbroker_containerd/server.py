@@ -9,20 +9,20 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import grpc
+import msgspec
 import structlog
 
 from snapbroker import aio
 from snapbroker.errors import FailedPrecondition
 from snapbroker_containerd import sockets
 from snapbroker_containerd.config import Config
-from snapbroker_containerd.patience import Patience
 from snapbroker_containerd.service import Service
 from snapbroker_containerd.targets import Targets
 
 log = structlog.get_logger()
 
-CONNECT_S: Final = 0.5
-"""How long one attempt waits for a connection to the broker, before it counts as failed and is repeated."""
+CONNECT_S_MIN: Final = 0.5
+"""How long at least a connection to the broker is waited for."""
 
 
 class Bridge:
@@ -38,10 +38,10 @@ class Bridge:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         config = self._config
-        async with self._serving() as (service, patience, client):
+        async with self._serving() as (service, client):
 
             def tell(event: str) -> None:
-                log.info(event, **statistics(service, patience, client))
+                log.info(event, **statistics(service, client))
 
             loop.add_signal_handler(signal.SIGUSR1, tell, "statistics")
             log.info("serving", socket=config.socket, broker=config.broker_endpoint, namespace=config.namespace)
@@ -52,20 +52,19 @@ class Bridge:
         tell("stopped")
 
     @asynccontextmanager
-    async def _serving(self) -> AsyncIterator[tuple[Service, Patience, aio.Broker]]:
+    async def _serving(self) -> AsyncIterator[tuple[Service, aio.Broker]]:
         """A server that answers; at the end what is under way is finished, within bounds."""
         config = self._config
+        wait = config.calls.wait_ms / 1000
         async with aio.connect(
             config.broker_endpoint,
             namespace=config.namespace,
             timeout=config.calls.call_timeout_ms / 1000,
-            connect_timeout=CONNECT_S,
-            # What is away is waited for here, where a lost answer is looked for.
-            patience=0,
+            connect_timeout=max(wait, CONNECT_S_MIN),
+            patience=wait,
         ) as client:
-            patience = Patience(config.patience)
             targets = Targets(client, config.snapshotters)
-            service = Service(targets, patience, config.calls, commit_sync=config.commit_sync)
+            service = Service(targets, config.calls, commit_sync=config.commit_sync)
             server = grpc.aio.server(options=options(config), maximum_concurrent_rpcs=config.server.calls_max)
             server.add_generic_rpc_handlers((service.handler,))
             with sockets.place(config.socket, config.socket_mode):
@@ -75,7 +74,7 @@ class Bridge:
                     raise FailedPrecondition(f"{config.socket} cannot be listened on: {error}") from None
                 await server.start()
             try:
-                yield service, patience, client
+                yield service, client
             finally:
                 await server.stop(config.server.stop_grace_ms / 1000)
                 # What was cut off is still to learn of it; then nobody needs the client any more.
@@ -101,11 +100,10 @@ def options(config: Config) -> list[tuple[str, Any]]:
     ]
 
 
-def statistics(service: Service, patience: Patience, client: aio.Broker) -> dict[str, Any]:
-    """The figures of every method that was called, of repetitions, and of the connection to the broker."""
+def statistics(service: Service, client: aio.Broker) -> dict[str, Any]:
+    """The figures of every method that was called, and of the connection to the broker."""
     sent = client.statistics()
     return {
         "methods": {name: method.statistics() for name, method in service.methods.items() if method.calls},
-        "patience": patience.statistics(),
-        "broker": {"requests": sent.requests, "calls": sent.calls, "under_way": sent.under_way, "stray": sent.stray},
+        "broker": {**msgspec.structs.asdict(sent), "returned": service.returned},
     }

@@ -1,27 +1,30 @@
 """The ten calls of `containerd.services.snapshots.v1.Snapshots`, each a call of the broker.
 
 The broker keeps the contract: order of checks, codes, kinds, labels (D2, D14). What is left to do here is to read one
-form and write the other, to find the snapshotter by its name, and to be patient.
+form and write the other, to find the snapshotter by its name, and to come again when the broker is full.
+
+containerd sets no deadline and, in some calls, holds its own database meanwhile (C75, C141). So a call waits `wait_ms`
+for a broker or a snapshotter that is away, and then fails UNAVAILABLE. The broker's client does that: it repeats what
+was refused or lost with the token of the first try, so that nothing is done twice.
 """
 
 from __future__ import annotations
 
-import time
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from functools import partial
 from typing import Final, TypeVar
 
 import grpc
 import msgspec
 
+from snapbroker import session
 from snapbroker.aio import Broker, Walk
-from snapbroker.contract import Info, Kind, Mount
-from snapbroker.errors import BrokerError, NotFound
+from snapbroker.contract import Info
+from snapbroker.errors import BrokerError, NotFound, ResourceExhausted
 from snapbroker.protocol import WalkPage
 from snapbroker_containerd import messages
 from snapbroker_containerd.api import snapshots_pb2 as api
 from snapbroker_containerd.methods import Method
-from snapbroker_containerd.patience import MOMENTS, Patience, Span, Undecided
 from snapbroker_containerd.status import refusal
 from snapbroker_containerd.targets import Targets
 
@@ -32,13 +35,13 @@ NOTHING: Final = b""
 T = TypeVar("T")
 Ask = Callable[[Broker], Awaitable[T]]
 """A call of the broker, to be made in the view of the snapshotter that is meant."""
-LookAt = Callable[[Broker, Span], Awaitable[T | None]]
-"""Whether a call whose reply was lost took effect: its answer, or None where it did not."""
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Limits of the calls."""
 
+    wait_ms: int = 5000
+    """How long a call is repeated while broker or snapshotter is away or full; then it fails."""
     call_timeout_ms: int = 10_000
     """Longest time of a stat, mounts, update, remove or page of a list: containerd itself sets no deadline (C141)."""
     work_timeout_ms: int = 600_000
@@ -52,16 +55,18 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 class Service:
     """The calls: `handler` is what a gRPC server serves, `methods` has the figures of each.
 
-    `commit_sync`: a commit's files are durable before its name exists (D12).
+    `commit_sync`: a commit's files are durable before its name exists (D12). `returned`: how often a call came again
+    to a broker that had been full.
     """
 
-    def __init__(self, targets: Targets, patience: Patience, limits: Limits, *, commit_sync: bool = False) -> None:
+    def __init__(self, targets: Targets, limits: Limits, *, commit_sync: bool = False) -> None:
         self._targets = targets
-        self._patience = patience
+        self._wait_s = limits.wait_ms / 1000
         self._call_s = limits.call_timeout_ms / 1000
         self._work_s = limits.work_timeout_ms / 1000
         self._limits = limits
         self._sync = commit_sync
+        self.returned = 0
         answers = {
             "Prepare": self.prepare,
             "View": self.view,
@@ -85,8 +90,6 @@ class Service:
         mounts = await self._call(
             request.snapshotter,
             lambda broker: broker.prepare(key, parent, labels, timeout=self._work_s),
-            lambda broker, span: created(broker, span, Kind.ACTIVE, key, parent),
-            key,
         )
         return api.PrepareSnapshotResponse(mounts=messages.mounts(mounts)).SerializeToString()
 
@@ -97,8 +100,6 @@ class Service:
         mounts = await self._call(
             request.snapshotter,
             lambda broker: broker.view(key, parent, labels, timeout=self._work_s),
-            lambda broker, span: created(broker, span, Kind.VIEW, key, parent),
-            key,
         )
         return api.ViewSnapshotResponse(mounts=messages.mounts(mounts)).SerializeToString()
 
@@ -115,9 +116,7 @@ class Service:
         name, key, parent, labels = request.name, request.key, request.parent, dict(request.labels)
         await self._call(
             request.snapshotter,
-            lambda broker: done(broker.commit(name, key, parent, labels, self._sync, timeout=self._work_s)),
-            lambda broker, span: committed(broker, span, name),
-            name,
+            lambda broker: broker.commit(name, key, parent, labels, self._sync, timeout=self._work_s),
         )
         return NOTHING
 
@@ -125,11 +124,7 @@ class Service:
         """C39-C42."""
         request = messages.read(api.RemoveSnapshotRequest, message)
         key = request.key
-        await self._call(
-            request.snapshotter,
-            lambda broker: done(broker.remove(key, timeout=self._call_s)),
-            lambda broker, span: removed(broker, span, key),
-        )
+        await self._call(request.snapshotter, lambda broker: broker.remove(key, timeout=self._call_s))
         return NOTHING
 
     async def stat(self, message: bytes) -> bytes:
@@ -158,7 +153,7 @@ class Service:
     async def cleanup(self, message: bytes) -> bytes:
         """C43: returns when everything removed so far is deleted."""
         request = messages.read(api.CleanupRequest, message)
-        await self._call(request.snapshotter, lambda broker: done(broker.cleanup(timeout=self._work_s)))
+        await self._call(request.snapshotter, lambda broker: broker.cleanup(timeout=self._work_s))
         return NOTHING
 
     async def list(self, message: bytes) -> AsyncIterator[bytes]:
@@ -197,69 +192,28 @@ class Service:
         if fields:
             yield b"".join(fields)
 
-    async def _call(self, name: str, ask: Ask[T], look: LookAt[T] | None = None, key: str = "") -> T:
-        """The broker's answer, waited for as long as `patience` has it; raises Refusal.
-
-        `look`: where the call is not one to be simply repeated. `key`: what it creates.
-        """
-        sent = time.time_ns()
+    async def _call(self, name: str, ask: Ask[T]) -> T:
+        """The broker's answer; raises Refusal."""
         try:
             try:
                 return await self._ask(name, ask)
-            except MOMENTS as error:
-                return await self._patience.repeat(
-                    error,
-                    partial(self._ask, name, ask),
-                    sent=sent,
-                    look=None if look is None else lambda span: self._ask(name, lambda broker: look(broker, span)),
-                    what=(name, key) if key else None,
-                )
             except NotFound as error:
                 if not self._targets.forget(name, error):
                     raise
-                return await ask(await self._targets.find(name))
+                return await self._ask(name, ask)
         except BrokerError as error:
             raise refusal(error) from None
 
     async def _ask(self, name: str, ask: Ask[T]) -> T:
-        return await ask(self._targets.get(name) or await self._targets.find(name))
-
-
-async def done(call: Awaitable[None]) -> bool:
-    """True when the call has done well: None is what a look says that found nothing."""
-    await call
-    return True
-
-
-# What a call whose reply was lost has done: see `patience`.
-
-
-async def created(broker: Broker, span: Span, kind: Kind, key: str, parent: str) -> list[Mount] | None:
-    """The mounts of the snapshot that a lost prepare or view has made."""
-    try:
-        info = await broker.stat(key)
-        if info.kind is kind and info.parent == parent and span.covers(info.created):
-            return await broker.mounts(key)
-    except NotFound:
-        pass
-    return None
-
-
-async def committed(broker: Broker, span: Span, name: str) -> bool | None:
-    """Whether a lost commit has made the snapshot."""
-    try:
-        info = await broker.stat(name)
-    except NotFound:
-        return None
-    return True if info.kind is Kind.COMMITTED and span.covers(info.created) else None
-
-
-async def removed(broker: Broker, span: Span, key: str) -> bool | None:
-    """Whether what was to be removed is gone; Undecided where there is another one since."""
-    try:
-        info = await broker.stat(key)
-    except NotFound:
-        return True
-    if info.created > span.since:
-        raise Undecided(f"{key!r} was made anew while the broker was away: whether its removal took effect is unknown")
-    return None
+        """The broker's answer, asked for again when a broker that is full says when to come back."""
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + self._wait_s
+        while True:
+            try:
+                return await ask(self._targets.get(name) or await self._targets.find(name))
+            except ResourceExhausted as error:
+                pause = session.retry_after(error)
+                if not pause or loop.time() + pause > give_up:
+                    raise
+            await asyncio.sleep(pause)
+            self.returned += 1

@@ -21,7 +21,7 @@ PLUGINS = ("snapbroker-overlayfs", "snapbroker-native", "snapbroker-btrfs")
 NAMESPACE = "containerd"
 """The broker's namespace for everything that containerd has (D14)."""
 BRIDGE_SETTINGS = "bridge.toml"
-PATIENT = "[patience]\nwait_ms = 30000\n"
+PATIENT = "[calls]\nwait_ms = 30000\n"
 """The bridge waits longer than a broker takes to start on a machine that has a lot to do."""
 STOP_SECONDS = 10.0
 RECONNECT_SECONDS = 10.0

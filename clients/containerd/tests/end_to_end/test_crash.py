@@ -52,7 +52,7 @@ def layers_archive(layers: Image, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture
 def impatient(btrfs: Path) -> Iterator[Machine]:
     """A machine whose bridge waits for the broker only shortly."""
-    with Machine.start(btrfs / "impatient", f"[patience]\nwait_ms = {round(WAIT_SECONDS * 1000)}\n") as machine:
+    with Machine.start(btrfs / "impatient", f"[calls]\nwait_ms = {round(WAIT_SECONDS * 1000)}\n") as machine:
         yield machine
 
 
