@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import images
+from benchmarks import images, scratch
 from end_to_end import specimen
 from end_to_end.machine import PLUGINS, Machine
 from tests import harness
@@ -60,6 +60,15 @@ def image() -> images.Image:
 def archive(image: images.Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The archive of that image."""
     return image.write(tmp_path_factory.mktemp("archive") / "specimen.tar")
+
+
+@pytest.fixture(scope="session")
+def caller(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Go program that asks and mounts as containerd's own users do."""
+    scratch.require("go")
+    program = tmp_path_factory.mktemp("caller") / "caller"
+    scratch.run(["go", "build", "-trimpath", "-o", str(program), "."], cwd=Path(__file__).parent / "caller")
+    return program
 
 
 @pytest.fixture
