@@ -33,7 +33,7 @@ def main() -> int:
     if arguments.minutes:
         with Soak(arguments.minutes * 60, seed, say) as soak:
             summary["soak"] = soak.run()
-        failures += soak.failures
+        failures += soak.failures + soak.grown
     chains = [arguments.chain] if arguments.chain is not None else list(range(-(-arguments.cuts // CHAIN)))
     if chains:
         summary["power_cuts"] = cut(seed, chains, arguments.cuts, failures)

@@ -58,6 +58,8 @@ class Soak:
     def __init__(self, seconds: float, seed: int, say: Say) -> None:
         self.kills: Counter[str] = Counter()
         self.failures: list[str] = []
+        self.grown: list[str] = []
+        """What is not flat, or did not live long enough to be judged: of a run of seconds, nothing can be said."""
         self._seconds = seconds
         self._seed = seed
         self._say = say
@@ -235,8 +237,7 @@ class Soak:
                     client.on_events = None
                     self.files += client.verify(Contents.all)
             client.close()
-        self.flat, grown = self._watch.verdict()
-        self.failures += grown
+        self.flat, self.grown = self._watch.verdict()
         with self._checked("the stop"):
             self._daemon.stop()
 

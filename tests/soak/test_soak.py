@@ -12,19 +12,17 @@ from tests.soak.flatness import DESCRIPTORS, MEMORY_BYTES, SAMPLES_MIN, Life, Wa
 from tests.soak.followers import Matcher
 from tests.soak.run import Soak
 
-SECONDS = 9.0
+SECONDS = 10.0
 
 
 @pytest.mark.root
-@pytest.mark.soak
 def test_a_short_soak() -> None:
     seed = int(os.environ.get("SNAPBROKER_SEED") or random.SystemRandom().getrandbits(32))
     print(f"SNAPBROKER_SEED={seed} makes the same choices again")
     with Soak(SECONDS, seed, print) as soak:
         figures = soak.run()
-    # Of processes that live for seconds nothing can be said of growth.
-    failures = [failure for failure in soak.failures if "lived longer" not in failure]
-    assert failures == []
+    # Growth is not looked at: in the first seconds of a life its clients are still coming.
+    assert soak.failures == []
     assert all(figures["answers_by_snapshotter"].values())
     assert figures["events_matched"]
     assert figures["files_verified"]
