@@ -114,6 +114,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 NAME_CHARACTERS: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 NAME_CHARACTERS_MAX: Final = 64
+NESTING_MAX: Final = 32
+"""Most levels of tables and arrays in a file; the deepest limit is on the fifth."""
 IPC_PATH_BYTES_MAX: Final = 107
 """A unix socket's path, by the kernel's structure."""
 
@@ -142,8 +144,10 @@ def load(path: Path | None) -> Config:
             table = tomllib.load(file)
     except OSError as error:
         raise InvalidArgument(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        # Of a number with thousands of digits, or of thousands of brackets, the parser says so in its own words.
         raise InvalidArgument(f"{path}: not TOML: {error}") from None
+    _check_nesting(table, path)
     sections = table.pop("snapshotters", {})
     if not isinstance(sections, dict):
         raise InvalidArgument(f"{path}: snapshotters: expected one table a snapshotter, [snapshotters.NAME]")
@@ -155,6 +159,21 @@ def load(path: Path | None) -> Config:
     config = msgspec.structs.replace(config, snapshotters=snapshotters)
     check(config, str(path))
     return config
+
+
+def _check_nesting(table: dict[str, Any], path: Path) -> None:
+    """Dotted keys nest without end, and what looks at them level by level would not come back."""
+    level: list[Any] = [table]
+    for _ in range(NESTING_MAX):
+        level = [
+            below
+            for each in level
+            if isinstance(each, dict | list)
+            for below in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return
+    raise InvalidArgument(f"{path}: tables and arrays are nested deeper than {NESTING_MAX}")
 
 
 T = TypeVar("T")
@@ -200,6 +219,8 @@ def _check_absolute(path: str, key: str, source: str) -> None:
         raise InvalidArgument(
             f"{source}: {key}: {os.fsencode(path)!r} is not UTF-8, and mounts are told as text"
         ) from None
+    if "\0" in path:
+        raise InvalidArgument(f"{source}: {key}: {path!r} has a NUL, which no path can have")
     if path and not os.path.isabs(path):
         raise InvalidArgument(f"{source}: {key}: {path!r} is not an absolute path, and mounts are told by path")
 
@@ -211,7 +232,7 @@ def _check_endpoints(config: Config, source: str) -> None:
         )
     for key, endpoint in (("endpoint", config.router_endpoint), ("events_endpoint", config.publisher_endpoint)):
         scheme, _, address = endpoint.partition("://")
-        if scheme not in ("ipc", "tcp") or not address:
+        if scheme not in ("ipc", "tcp") or not address or "\0" in address:
             raise InvalidArgument(f"{source}: {key}: {endpoint!r} is not ipc://PATH or tcp://ADDRESS:PORT")
         if scheme == "ipc" and len(os.fsencode(address)) > IPC_PATH_BYTES_MAX:
             where = key if getattr(config, key) else "runtime"

@@ -282,7 +282,8 @@ class Writer:
         numbers = range(operation.first, operation.first + len(operation.calls))
         try:
             kept = [outcome for number in numbers if (outcome := draft.outcomes.find(txn, token, number))]
-        except InvalidArgument as error:
+        except BrokerError as error:
+            # Another request's token, or a damaged value: not executed, and nobody else's concern.
             draft.results.append((operation, [error]))
             return True
         if kept:

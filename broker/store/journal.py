@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from snapbroker.contract import topic
-from snapbroker.errors import OutOfRange
+from snapbroker.errors import Internal, OutOfRange
 
 if TYPE_CHECKING:
     from lmdb import Transaction
@@ -25,6 +25,7 @@ TOPICS_CACHED_MAX: Final = 65_536
 """Topics whose newest sequence is kept in memory; the database knows the others."""
 _TRIM_EXTRA: Final = 64
 """Old events dropped per turn beyond the number that came in, so that a lowered limit is reached in time."""
+_LONG_AGO: Final = -(1 << 63)
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -201,7 +202,7 @@ class Journal:
             while found and len(bodies) < count and scan_max and room > 0:
                 key, body = cursor.item()
                 since = int(_U64.unpack(key)[0])
-                if not topics or _topic_of(body).startswith(topics):
+                if not topics or _topic_of(since, body).startswith(topics):
                     bodies.append(bytes(body))
                     room -= len(body)
                 scan_max -= 1
@@ -220,9 +221,16 @@ _decode_head = msgspec.msgpack.Decoder(_Head).decode
 
 
 def _time_of(body: bytes | memoryview) -> int:
-    return _decode_head(body).time
+    """When it happened; one that cannot be read is as old as can be: kept, it would end every turn that comes to it."""
+    try:
+        return _decode_head(body).time
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return _LONG_AGO
 
 
-def _topic_of(body: bytes | memoryview) -> str:
-    head = _decode_head(body)
+def _topic_of(sequence: int, body: bytes | memoryview) -> str:
+    try:
+        head = _decode_head(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise Internal(f"event {sequence} of the journal is damaged, walk again: {error}") from error
     return topic(head.snapshotter, head.namespace, head.verb)

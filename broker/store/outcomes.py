@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from snapbroker.errors import InvalidArgument
+from snapbroker.errors import Internal, InvalidArgument
 from snapbroker.protocol import Outcome, decoder, encode
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class OutcomeTurn:
         self._new: dict[bytes, tuple[Token, dict[int, Outcome]]] = {}
 
     def find(self, txn: Transaction, token: Token, call: int) -> Outcome | None:
-        """The outcome of call number `call`; InvalidArgument when the token is another request's."""
+        """The outcome of call number `call`; InvalidArgument when the token is another's, Internal when damaged."""
         known = self._known.get(token.key)
         if known is None:
             known = self._known[token.key] = self._outcomes.load(txn, token)
@@ -115,12 +115,12 @@ class Outcomes:
         return OutcomeTurn(self)
 
     def load(self, txn: Transaction, token: Token) -> dict[int, Outcome]:
-        """The kept outcomes of a request by the number of their call."""
+        """The kept outcomes of a request by the number of their call; Internal where they are damaged."""
         found: dict[int, Outcome] = {}
         with txn.cursor(db=self._db) as cursor:
             more = cursor.set_range(token.key)
             while more and bytes(cursor.key()).startswith(token.key):
-                kept = _decode(cursor.value())
+                kept = _decoded(cursor.value())
                 _check(kept.digest, token)
                 found.update((outcome.call, outcome) for outcome in kept.outcomes)
                 more = cursor.next()
@@ -156,6 +156,15 @@ class Outcomes:
     def statistics(self, txn: Transaction) -> dict[str, int]:
         """For `status`."""
         return {"kept": txn.stat(db=self._ages)["entries"], "bytes": self._size(txn)}
+
+
+def _decoded(value: bytes | memoryview) -> Kept:
+    try:
+        return _decode(value)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise Internal(
+            f"the outcome kept with this token is damaged, so it is unknown here: look with stat: {error}"
+        ) from error
 
 
 def _check(digest: bytes, token: Token) -> None:

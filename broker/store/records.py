@@ -20,6 +20,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from snapbroker.contract import Info, Kind, Usage
+from snapbroker.errors import Internal
 
 _HEADER: Final = struct.Struct(">BBHQQQQQ")
 _SUM: Final = struct.Struct(">I")
@@ -61,8 +62,11 @@ class Record(NamedTuple):
         return Usage(self.inodes, self.size)
 
     def decoded(self) -> Info:
-        """The Info."""
-        return _decode_info(self.info)
+        """The Info; Internal where it is none, though its checksum is right."""
+        try:
+            return _decode_info(self.info)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise Internal(f"the record of snapshot {self.id} is damaged: {error}") from error
 
     def encode(self) -> bytes:
         """The value that is stored."""

@@ -131,6 +131,12 @@ MISTAKES: Final = {
     "not-toml": ("root = ", "", "TOML"),
     "twice": ('root = "/a"\nroot = "/b"', "", "TOML"),
     "not-utf-8": ('root = "\udcff"', "", "TOML"),
+    "too-many-digits": (f"socket_mode = {'9' * 5000}", "", "TOML"),
+    "too-many-brackets": (f"root = {'[' * 3000}", "", "TOML"),
+    "too-deep": (f"[snapshotters.memory.options]\n{'a.' * 3000}a = 1", "", "deeper than"),
+    "root-nul": ('root = "/a\\u0000b"', "root", "NUL"),
+    "section-root-nul": ('[snapshotters.memory]\nroot = "/a\\u0000b"', "snapshotters.memory.root", "NUL"),
+    "endpoint-nul": ('endpoint = "ipc:///a\\u0000b"', "endpoint", "ipc://PATH"),
 }
 """What is written, the key that is blamed, and what of the reason is told."""
 

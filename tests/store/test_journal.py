@@ -9,7 +9,7 @@ import pytest
 from broker.store import Environment, Journal, Retention
 from broker.store.records import encode_info
 from snapbroker.contract import Event, Info, Kind
-from snapbroker.errors import OutOfRange
+from snapbroker.errors import Internal, OutOfRange
 from snapbroker.protocol import decode_event
 from tests.oracle import check_chains
 
@@ -258,3 +258,28 @@ class TestPages:
         self, environment: Environment, journal: Journal, topics: tuple[str, ...], expected: list[int]
     ) -> None:
         assert [event.sequence for event in kept(environment, journal, 0, *topics)] == list(expected)
+
+
+def damage(environment: Environment, sequence: int, body: bytes = b"\x82\xa4time") -> None:
+    environment.write(lambda txn: txn.put(sequence.to_bytes(8, "big"), body, db=environment.journal))
+
+
+def test_a_damaged_event_is_told_by_its_number(environment: Environment) -> None:
+    journal = journal_of(environment)
+    write(environment, journal, ("a", "prepare"), ("a", "prepare"), ("a", "prepare"))
+    damage(environment, 2)
+    assert [event.sequence for event in kept(environment, journal, 2, "sn/a/")] == [3]
+    with pytest.raises(Internal, match="event 2 of the journal is damaged"):
+        kept(environment, journal, 0, "sn/a/")
+
+
+def test_a_damaged_event_does_not_end_the_turns_that_come_to_it(environment: Environment) -> None:
+    """It is dropped when it is the oldest: whoever asks for it is told to walk."""
+    journal = journal_of(environment)
+    write(environment, journal, ("a", "prepare"), ("a", "prepare"), now=SECOND)
+    damage(environment, 1)
+    write(environment, journal, ("a", "prepare"), now=SECOND)
+    assert [event.sequence for event in kept(environment, journal)] == [2, 3]
+    assert journal.oldest == 2
+    with pytest.raises(OutOfRange):
+        journal.check(0, journal.oldest, journal.newest)

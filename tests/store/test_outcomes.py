@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from broker.store import Environment, OutcomeRetention, Outcomes, StoreLimits, Token
-from snapbroker.errors import InvalidArgument
+from snapbroker.errors import Internal, InvalidArgument
 from snapbroker.protocol import Outcome, encode
 
 SECOND = 1_000_000_000
@@ -65,6 +65,16 @@ def test_a_token_of_other_calls(environment):
     keep(environment, outcomes, token(b"t"), 0, now=SECOND)
     with pytest.raises(InvalidArgument, match="other calls"):
         found(environment, outcomes, token(b"t", b"another."), 0)
+
+
+def test_a_damaged_one_is_told(environment):
+    outcomes = Outcomes(environment, OutcomeRetention())
+    keep(environment, outcomes, token(b"t"), 0, now=SECOND)
+    keep(environment, outcomes, token(b"u"), 0, now=SECOND)
+    environment.write(lambda txn: txn.put(token(b"t").key + b"\0\0", b"\x93\x01", db=environment.outcomes))
+    with pytest.raises(Internal, match="damaged"):
+        found(environment, outcomes, token(b"t"), 0)
+    assert found(environment, outcomes, token(b"u"), 0) == [0]
 
 
 def test_the_oldest_go_by_age(environment):

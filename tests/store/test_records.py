@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from broker.store.records import BROKEN, PLAIN_BYTES_MAX, Record, decode_record, encode_info, index_key
 from snapbroker.contract import NAME_BYTES_MAX, NAMESPACE_BYTES_MAX, Info, Kind, Usage
+from snapbroker.errors import Internal
 
 U64 = st.integers(0, 2**64 - 1)
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=600)
@@ -65,6 +66,13 @@ def test_a_value_cut_short_is_told(record: Record, data: st.DataObject) -> None:
     value = record.encode()
     with pytest.raises((ValueError, struct.error)):
         decode_record(value[: data.draw(st.integers(0, len(value) - 1))])
+
+
+def test_an_info_that_is_none_is_told_as_damage() -> None:
+    """Its checksum is right: it was written so."""
+    record = Record(Kind.ACTIVE, 0, 0, 7, 0, 0, 0, 1, b"\x82\xa4name")
+    with pytest.raises(Internal, match="snapshot 7 is damaged"):
+        decode_record(record.encode()).decoded()
 
 
 @given(NAMES, NAMES)

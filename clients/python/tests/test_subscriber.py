@@ -253,6 +253,14 @@ def test_a_message_that_is_none_counts_as_lost(frames: list[bytes]):
     assert tracker.behind
 
 
+def test_an_event_under_another_topic_counts_as_lost():
+    tracker, journal = live(), Journal()
+    _, *frames = journal.happen("other", "remove")
+    assert tracker.feed([b"overlayfs/default/snapshot/prepare", *frames]) is None
+    assert tracker.statistics().malformed == 1
+    assert tracker.position == 0
+
+
 def test_an_event_under_another_ones_number_counts_as_lost():
     tracker, journal = live(), Journal()
     first, second = journal.happen("default", "prepare"), journal.happen("default", "prepare")

@@ -84,7 +84,7 @@ def load(path: Path | None, **over: str | None) -> Config:
             table = tomllib.loads(path.read_bytes().decode())
         except OSError as error:
             raise InvalidArgument(f"{path}: cannot be read: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidArgument(f"{path}: not TOML: {error}") from None
     source = "command line" if path is None else str(path)
     try:

@@ -161,7 +161,7 @@ class Tracker:
         else:
             # A subscription is a prefix: a topic that merely begins like the one asked for may match.
             return None
-        if event is not None and event.sequence != sequence:
+        if event is not None and (event.sequence != sequence or event.topic.encode() != topic):
             self._malformed += 1
             return None
         if not follows:
