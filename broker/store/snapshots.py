@@ -122,16 +122,18 @@ class Snapshots:
         if known is not None:
             self._chains.move_to_end(record.id)
             return known
-        walked: list[int] = []
+        walked: dict[int, None] = {}
         above: tuple[int, ...] = ()
         while True:
-            walked.append(record.id)
+            walked[record.id] = None
             if not record.parent_id:
                 break
             parent = record.decoded().parent
             found = self.get(txn, index_key(namespace, parent))
             if found is None:
                 raise NotFound(f"parent {parent!r} in the chain does not exist")
+            if found.id in walked:
+                raise Internal(f"the record of {parent!r} is damaged: it is its own ancestor")
             cached = self._chains.get(found.id)
             if cached is not None:
                 above = cached

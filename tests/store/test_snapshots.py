@@ -158,6 +158,19 @@ def test_chains(environment: Environment, snapshots: Snapshots) -> None:
                 assert chain == tuple(range(depth, 0, -1))
 
 
+def test_a_circle_of_parents_ends(environment: Environment, snapshots: Snapshots) -> None:
+    """Nothing writes one, but a record that was written over could lead round, and a reader with it."""
+    rows = [record("a", 1, "b", 2), record("b", 2, "a", 1)]
+
+    def work(txn: object) -> None:
+        for row in rows:
+            snapshots.insert(txn, index_key("ns", row.decoded().name), row)  # type: ignore[arg-type]
+
+    environment.write(work)
+    with environment.read() as txn, pytest.raises(Internal, match="its own ancestor"):
+        snapshots.chain(txn, "ns", "a", rows[0])
+
+
 def test_references(environment: Environment, snapshots: Snapshots) -> None:
     """C93, C94."""
     label = {SNAPSHOT_REF_LABEL: "sha256:1"}
