@@ -21,6 +21,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final, Self
@@ -109,13 +110,16 @@ class Machine:
                 process.kill()
         self._daemon.kill()
 
-    def round(self) -> None:
-        """Cut the power once, and check what is left; AssertionError, with the seed, where something is wrong."""
+    def round(self, work: Callable[[list[Client]], None] | None = None) -> None:
+        """Cut the power once, and check what is left; AssertionError, with the seed, where something is wrong.
+
+        With `work` that is what the clients do, and the cut comes right behind it.
+        """
         self._rounds += 1
         seed = f"{self.seed}/{self._rounds}"
         clients = self._clients(seed)
         try:
-            cut = self._cut(clients, random.Random(seed))
+            cut = self._cut(clients, random.Random(seed)) if work is None else self._cut_behind(work, clients)
             self._switch_off()
             disk = self._disk
             assert disk is not None
@@ -169,6 +173,11 @@ class Machine:
             if client.error is not None:
                 raise client.error
         return cut
+
+    def _cut_behind(self, work: Callable[[list[Client]], None], clients: list[Client]) -> Cut:
+        assert self._disk is not None
+        work(clients)
+        return self._disk.cut()
 
     # What is left of each client's requests.
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from snapbroker.protocol import Commit, MountsAnswer, Prepare
+from tests.powercut.client import Client
 from tests.powercut.disk import FILESYSTEMS, image_host
 from tests.powercut.machine import Machine
 
@@ -27,6 +29,14 @@ import os
 os.fsync = lambda fd: None
 import backends.syscalls
 backends.syscalls.syncfs = lambda fd: None
+"""
+FORGETFUL = """
+from backends.native import Native
+from backends.overlayfs import Overlayfs
+def forgetful(commit):
+    return lambda self, snapshot, sync, task: commit(self, snapshot, False, task)
+for backend in (Native, Overlayfs):
+    backend.commit = forgetful(backend.commit)
 """
 
 
@@ -51,12 +61,37 @@ def test_power_cuts(filesystem: str, host: Path) -> None:
 
 def test_a_broker_that_flushes_nothing_is_found_out(host: Path, tmp_path: Path) -> None:
     """The harness can fail: the database of this one is durable, and what its records speak of is not."""
-    (tmp_path / "sitecustomize.py").write_text(CARELESS)
-    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    careless = Machine("ext4", host, "careless", {"PYTHONPATH": path})
+    careless = Machine("ext4", host, "careless", changed(tmp_path, CARELESS))
     with careless, pytest.raises(AssertionError, match=r"broken|missing|damaged") as found:
         rounds(careless, CARELESS_CUTS)
     assert any("power cut careless/ext4" in note for note in found.value.__notes__)
+
+
+def test_files_of_a_sync_commit_are_whole(host: Path) -> None:
+    with Machine("ext4", host, "sync") as under_test:
+        under_test.round(write_and_commit)
+    assert under_test.figures["files"] >= 6
+
+
+def test_a_broker_that_forgets_sync_is_found_out(host: Path, tmp_path: Path) -> None:
+    forgetful = Machine("ext4", host, "sync", changed(tmp_path, FORGETFUL))
+    with forgetful, pytest.raises(AssertionError, match=r"-committed: \S*file-\d is (missing|damaged)"):
+        forgetful.round(write_and_commit)
+
+
+def write_and_commit(clients: list[Client]) -> None:
+    """Files of each client, some of which it flushes by itself, in a snapshot that is committed with `sync`."""
+    for client in clients:
+        (answer,) = client.say(Prepare(key="layer"))
+        assert isinstance(answer, MountsAnswer)
+        client.write("layer", answer)
+        client.say(Commit(name="layer-committed", key="layer", sync=True))
+
+
+def changed(place: Path, code: str) -> dict[str, str]:
+    """The environment of a daemon that runs `code` first."""
+    (place / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": f"{place}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
 
 def rounds(under_test: Machine, count: int) -> None:
