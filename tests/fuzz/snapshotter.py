@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from broker.snapshotter.actor import Setup, SnapshotterActor
 from broker.snapshotter.limits import SnapshotterLimits
 from broker.snapshotter.service import ServiceLimits
+from broker.snapshotter.space import SpaceLimits
 from broker.store import Retention
 from broker.store.records import decode_record
 from snapbroker import protocol
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 NAME: Final = "fuzz"
 REPLY_S: Final = 60.0
 LIMITS: Final = SnapshotterLimits(
-    service=ServiceLimits(follow_max_ms=5, timeout_max_ms=1 << 40), journal=Retention(events_max=2000)
+    service=ServiceLimits(follow_max_ms=5, timeout_max_ms=1 << 40),
+    journal=Retention(events_max=2000),
+    # How full the machine is must not change an answer.
+    space=SpaceLimits(reserve_bytes=0, reserve_inodes=0, ballast_bytes=0),
 )
 DECODERS: Final = {verb: protocol.decoder(answer).decode for verb, answer in protocol.answer_types().items()}
 """What reads the answer of each verb."""

@@ -17,7 +17,7 @@ from tests.powercut.client import Client
 from tests.powercut.disk import FILESYSTEMS, image_host
 from tests.powercut.machine import Machine
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
 CUTS = 2
 """Cuts of each filesystem, on which two snapshotters lie."""

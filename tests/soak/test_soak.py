@@ -16,6 +16,7 @@ SECONDS = 10.0
 
 
 @pytest.mark.root
+@pytest.mark.timeout(300)
 def test_a_short_soak() -> None:
     seed = int(os.environ.get("SNAPBROKER_SEED") or random.SystemRandom().getrandbits(32))
     print(f"SNAPBROKER_SEED={seed} makes the same choices again")

@@ -1,7 +1,7 @@
 """Walk filters: any text is a predicate that answers for every snapshot, or invalid_argument with a place in the text.
 
-What was read is written again with everything quoted, and must be read as the same; and what matches is held against
-the grammar's meaning, worked out field by field.
+What is read and what is refused is held against the grammar read character by character, what matches against its
+meaning, worked out field by field. What was read is written again with everything quoted, and is read as the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import re2
 from broker.filters import Selector, compile_filters, parse_filter
 from snapbroker.contract import Info, Kind
 from snapbroker.errors import InvalidArgument
+from snapbroker.protocol import FILTER_BYTES_MAX
 from tests.fuzz.draws import Draws
+from tests.fuzz.grammar import Grammar, Refused
 from tests.test_filters import MALFORMED, MATCHING, SNAPSHOTS
 
 _INFOS: Final = (*SNAPSHOTS.values(), Info("a", Kind.VIEW, "b", {"a": "1", "": "x"}))
@@ -48,7 +50,9 @@ def one(data: bytes) -> None:
     for text in filters:
         try:
             parsed.append(parse_filter(text))
+            assert parsed[-1] == Grammar(text).selectors()
         except InvalidArgument as error:
+            assert len(text.encode(errors="surrogatepass")) > FILTER_BYTES_MAX or _outside_grammar(text)
             assert 0 <= error.details.get("position", 0) <= len(text)
             assert _refused(filters)
             return
@@ -85,6 +89,14 @@ def _refused(filters: Sequence[str]) -> bool:
     try:
         compile_filters(filters)
     except InvalidArgument:
+        return True
+    return False
+
+
+def _outside_grammar(text: str) -> bool:
+    try:
+        Grammar(text).selectors()
+    except Refused:
         return True
     return False
 
