@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -26,6 +27,9 @@ CHAIN: Final = 12
 def main() -> int:
     """Run both parts; exit status 1 when anything was not as it must be."""
     arguments = _arguments()
+    # In the background too, an end from outside takes along what was started and mounted.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     seed = random.SystemRandom().getrandbits(32) if arguments.seed is None else arguments.seed
     say(f"seed {seed}")
     failures: list[str] = []
