@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import random
 import threading
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -28,15 +27,14 @@ from typing import Final, Self
 
 import psutil
 
-from snapbroker.contract import Info, Kind
-from snapbroker.protocol import Commit, MountsAnswer, Prepare, Remove
 from tests.daemon.support import wait_until
-from tests.harness import Daemon, Wire
-from tests.oracle import Oracle, timeless
-from tests.powercut.books import Books, Happening, Said, Step, Wrote, alike, check_results
-from tests.powercut.checks import check_directories, check_journal, check_recovered, events_of, happenings, walked
+from tests.harness import Daemon
+from tests.oracle import Oracle
+from tests.powercut.books import Books
+from tests.powercut.checks import check_directories, check_journal, check_recovered, happenings
 from tests.powercut.client import Client
 from tests.powercut.disk import Cut, Disk
+from tests.powercut.settling import Settling
 
 BACKENDS: Final = {"ext4": ("overlayfs", "native"), "xfs": ("overlayfs", "native"), "btrfs": ("btrfs", "native")}
 """The snapshotters of a machine, by the filesystem that they lie on."""
@@ -52,18 +50,16 @@ STARTS: Final = 0.15
 """Share of the cuts that are made while the daemon starts."""
 
 
-class Machine:
+class Machine(Settling):
     """One filesystem, one daemon, its clients, and their books; a context manager."""
 
     def __init__(self, filesystem: str, host: Path, seed: str, environment: dict[str, str] | None = None) -> None:
-        self.figures: Counter[str] = Counter()
+        super().__init__()
         self.seed = f"{seed}/{filesystem}"
         self._filesystem = filesystem
         self._host = host
         self._undo = ExitStack()
         self._rounds = 0
-        self._books: dict[str, Books] = {}
-        self._sequences: dict[str, int] = {}
         self._environment = environment
         self._disk: Disk | None = None
 
@@ -72,15 +68,15 @@ class Machine:
             target = self._host / f"{self._filesystem}-mounted"
             snapshotters = BACKENDS[self._filesystem]
             sections = {name: {"backend": name, "root": str(target / name)} for name in snapshotters}
-            self._daemon = Daemon(sections, environment=self._environment)
+            self.daemon = Daemon(sections, environment=self._environment)
             undo.callback(self._take_down)
             self._insert(Disk.made(self._filesystem, self._host, target))
-            self._daemon.start()
+            self.daemon.start()
             for name in snapshotters:
-                self._sequences[name] = 0
+                self.sequences[name] = 0
                 for number in range(CLIENTS):
                     books = Books(Oracle(name, f"client-{number}", rebases=name == "overlayfs"))
-                    self._books[books.name] = books
+                    self.books[books.name] = books
             self._undo = undo.pop_all()
         return self
 
@@ -99,16 +95,16 @@ class Machine:
     def _take_down(self) -> None:
         """The daemon before the disk it is on."""
         try:
-            self._daemon.remove()
+            self.daemon.remove()
         finally:
             self._eject()
 
     def _switch_off(self) -> None:
         """End all processes at once, as the power does; an actor alone would take its time to notice."""
-        for process in psutil.Process(self._daemon.pid).children(recursive=True):
+        for process in psutil.Process(self.daemon.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        self._daemon.kill()
+        self.daemon.kill()
 
     def round(self, work: Callable[[list[Client]], None] | None = None) -> None:
         """Cut the power once, and check what is left; AssertionError, with the seed, where something is wrong.
@@ -125,12 +121,12 @@ class Machine:
             assert disk is not None
             self._eject()
             self._insert(disk.after(cut))
-            self._daemon.start()
+            self.daemon.start()
             for client in clients:
-                self._settle(client, cut)
+                self.settle(client, cut.before, cut.after, power=True)
             self._check(clients)
         except BaseException as error:
-            error.add_note(f"power cut {seed}: {self._daemon.log()[-4000:]}")
+            error.add_note(f"power cut {seed}: {self.daemon.log()[-4000:]}")
             raise
         finally:
             for client in clients:
@@ -138,9 +134,9 @@ class Machine:
         self.figures["cuts"] += 1
 
     def _clients(self, seed: str) -> list[Client]:
-        for books in self._books.values():
+        for books in self.books.values():
             books.oracle.events.clear()
-        return [Client(self._daemon, books.copy(), f"{seed}/{name}") for name, books in self._books.items()]
+        return [Client(self.daemon, books.copy(), f"{seed}/{name}") for name, books in self.books.items()]
 
     # The cut.
 
@@ -150,7 +146,7 @@ class Machine:
         if self._rounds > 1 and chance.random() < STARTS:
             self.figures["cuts at a start"] += 1
             self._switch_off()
-            self._daemon.start(wait=False)
+            self.daemon.start(wait=False)
             pace.wait(chance.uniform(0, START_S))
             return self._disk.cut()
         enough, moment = chance.randint(0, ANSWERS_MAX), chance.uniform(0, MOMENT_S)
@@ -179,101 +175,21 @@ class Machine:
         work(clients)
         return self._disk.cut()
 
-    # What is left of each client's requests.
-
-    def _settle(self, client: Client, cut: Cut) -> None:
-        """Find out which of a client's steps the image has, and bring the client's books to that state."""
-        books = self._books[client.name]
-        sent = [step for step in client.steps if step.sent <= cut.after]
-        certain = [step for step in sent if 0 < step.answered <= cut.before]
-        doubtful = sent[len(certain) :]
-        for step in certain:
-            books.enter(step, certain=True)
-        with self._daemon.wire(client.snapshotter, books.oracle.namespace) as wire:
-            there = self._match(books, doubtful, self._found(wire))
-            self.figures["acknowledged"] += sum(isinstance(step, Said) for step in certain)
-            self.figures["under way"] += sum(isinstance(step, Said) for step in doubtful)
-            self.figures["under way, found"] += sum(isinstance(step, Said) for step in doubtful[:there])
-            books.lose_power()
-            client.books = books
-            self._repeat(client, wire, [*certain, *doubtful[:there]], doubtful[there:])
-
-    def _found(self, wire: Wire) -> tuple[list[Info], list[Happening]]:
-        infos, _ = walked(wire, wire.namespace)
-        events = events_of(wire, self._sequences[wire.snapshotter])
-        return [timeless(info) for info in infos.values()], happenings(events, wire.namespace)
-
-    def _match(self, books: Books, doubtful: list[Step], found: tuple[list[Info], list[Happening]]) -> int:
-        """How many of the doubtful steps are in the image; they are entered.
-
-        A client sends one when it has the reply to the one before, so those that are there are the first ones.
-        """
-        acknowledged = told = _told(books)
-        there = 0
-        while told != found and there < len(doubtful):
-            books.enter(doubtful[there], certain=False)
-            told = _told(books)
-            there += 1
-        if told != found:
-            raise AssertionError(
-                f"{books.oracle.snapshotter}/{books.oracle.namespace}: (acknowledged, found) "
-                f"{_differences(acknowledged[0], found[0])}; last events acknowledged {acknowledged[1][-3:]} of "
-                f"{len(acknowledged[1])}, found {found[1][-3:]} of {len(found[1])}; under way {doubtful}"
-            )
-        for step in doubtful[there:]:
-            # Of files that were being written, some may have come as far as the disk.
-            if isinstance(step, Wrote):
-                books.enter(step, certain=False)
-        return there
-
-    def _repeat(self, client: Client, wire: Wire, there: list[Step], absent: list[Step]) -> None:
-        """Every token again: the first answers, and of what had not happened, the effect."""
-        for step in there:
-            if isinstance(step, Said) and step.token:
-                results = wire.call(*step.calls, atomic=step.atomic, token=step.token)
-                assert alike(results, step.results), f"{step}: the repeat was answered {results}"
-                self.figures["repeats"] += 1
-        for step in absent:
-            if isinstance(step, Said) and step.token:
-                step.results = wire.call(*step.calls, atomic=step.atomic, token=step.token)
-                check_results(step, client.books.say(step))
-                self.figures["repeats executed"] += 1
-
     # What is left of the whole.
 
     def _check(self, clients: list[Client]) -> None:
         for client in clients:
             self.figures["files"] += client.verify(lambda contents: contents.certain)
-            self._go_on(client)
-        for name in self._daemon.snapshotters:
-            self.figures["left-overs"] += check_recovered(self._daemon, name)["leftovers"]
-            self.figures["records"] += check_directories(self._daemon, name)
+            self.go_on(client)
+        for name in self.daemon.snapshotters:
+            self.figures["left-overs"] += check_recovered(self.daemon, name)["leftovers"]
+            self.figures["records"] += check_directories(self.daemon, name)
             mine = [client for client in clients if client.snapshotter == name]
-            with self._daemon.wire(name) as wire:
+            with self.daemon.wire(name) as wire:
                 events = check_journal(wire, [client.books.oracle.namespace for client in mine])
-            later = events[self._sequences[name] :]
+            later = events[self.sequences[name] :]
             for client in mine:
                 # With the repeats and the checks above, there is still an event for each change, and no other.
                 told, asked = happenings(later, client.books.oracle.namespace), client.books.happened()
                 assert told == asked, f"{client.name}: events {told}, asked for {asked}"
-            self._sequences[name] = events[-1].sequence
-
-    def _go_on(self, client: Client) -> None:
-        """Prepare, commit and remove at once, whatever the load will do."""
-        books = client.books
-        (parent, *_) = [*books.names(Kind.COMMITTED), ""]
-        (answer,) = client.say(Prepare(key="next", parent=parent))
-        assert isinstance(answer, MountsAnswer)
-        client.write("next", answer)
-        client.say(Commit(name="next-committed", key="next", sync=True))
-        client.say(Remove(key="next-committed"))
-
-
-def _told(books: Books) -> tuple[list[Info], list[Happening]]:
-    return books.oracle.matching(lambda _info: True), books.happened()
-
-
-def _differences(acknowledged: list[Info], found: list[Info]) -> dict[str, tuple[Info | None, Info | None]]:
-    before, after = ({info.name: info for info in infos} for infos in (acknowledged, found))
-    names = sorted(before.keys() | after.keys())
-    return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
+            self.sequences[name] = events[-1].sequence
