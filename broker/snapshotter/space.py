@@ -60,7 +60,7 @@ class Ballast:
             free = _free_bytes(os.statvfs(file.parent))
             if free < self._size // 4 or not self._size:
                 self._let_go(file)
-            elif free > self._size + reserve_bytes and not file.exists():
+            elif free > self._size + reserve_bytes and self._lacks(file):
                 self._take_up(file)
 
     def let_go_if_needed(self) -> None:
@@ -72,6 +72,13 @@ class Ballast:
             file.unlink()
             if self._size:
                 log.warning("the filesystem is full: the ballast is let go", file=str(file), bytes=self._size)
+
+    def _lacks(self, file: Path) -> bool:
+        """Whether the file is missing, or smaller than it is to be: of a start that was cut off, or of another size."""
+        try:
+            return file.stat().st_size < self._size
+        except FileNotFoundError:
+            return True
 
     def _take_up(self, file: Path) -> None:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
