@@ -33,7 +33,6 @@ Usage (C52) is found by searching the subvolume's tree for leaves written since 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import logging
 import os
@@ -187,13 +186,14 @@ class Btrfs:
         FailedPrecondition while there are subvolumes inside with something in them (see the module).
         """
         task.advance(0)
-        with self._own(snapshot) as own_fd:
-            with _opened(ACTIVE, own_fd) as active_fd:
-                active = btrfs_ioctl.subvolume(active_fd)
-                _flatten(active_fd, active.id)
-                os.setxattr(own_fd, SINCE_ATTRIBUTE, str(active.created).encode())
-                _replace_committed(active_fd, own_fd)
+        with self._own(snapshot) as own_fd, _opened(ACTIVE, own_fd) as active_fd:
+            active = btrfs_ioctl.subvolume(active_fd)
+            os.setxattr(own_fd, SINCE_ATTRIBUTE, str(active.created).encode())
+            inside = btrfs_ioctl.nested(active_fd, active.id)
+            _replace_committed(active_fd, own_fd, read_only=not inside)
             try:
+                if inside:
+                    _flatten(active_fd, own_fd, inside)
                 return self._usage(snapshot, own_fd, COMMITTED, task)
             except BaseException:
                 btrfs_ioctl.destroy_with_nested(own_fd, COMMITTED, Task())
@@ -305,32 +305,36 @@ def _make_directory(name: str, dir_fd: int) -> int:
     return os.open(name, _DIRECTORY, dir_fd=dir_fd)
 
 
-def _replace_committed(active_fd: int, own_fd: int) -> None:
+def _replace_committed(active_fd: int, own_fd: int, *, read_only: bool) -> None:
     try:
-        btrfs_ioctl.create_snapshot(active_fd, own_fd, COMMITTED, read_only=True)
+        btrfs_ioctl.create_snapshot(active_fd, own_fd, COMMITTED, read_only)
     except FileExistsError:
         # Of a commit whose record was not written and whose `revert` failed.
         btrfs_ioctl.destroy_with_nested(own_fd, COMMITTED, Task())
-        btrfs_ioctl.create_snapshot(active_fd, own_fd, COMMITTED, read_only=True)
+        btrfs_ioctl.create_snapshot(active_fd, own_fd, COMMITTED, read_only)
 
 
-def _flatten(fd: int, id_: int) -> None:
-    """Replace the empty subvolumes inside the subvolume with directories; FailedPrecondition for others."""
-    for found in btrfs_ioctl.nested(fd, id_):
-        path = btrfs_ioctl.directory_path(fd, found.directory) + found.name
-        status = os.stat(path, dir_fd=fd, follow_symlinks=False)
-        try:
+def _flatten(active_fd: int, own_fd: int, inside: Sequence[btrfs_ioctl.Nested]) -> None:
+    """Put directories where a snapshot has stubs of the empty subvolumes inside, then make it read-only.
+
+    FailedPrecondition for subvolumes that are not empty. The active snapshot stays as it is: its commit may yet fail.
+    """
+    with _opened(COMMITTED, own_fd) as fd:
+        for found in inside:
+            path = btrfs_ioctl.directory_path(active_fd, found.directory) + found.name
+            with _opened(path, active_fd) as inner_fd:
+                status = os.fstat(inner_fd)
+                if os.listdir(inner_fd):
+                    raise FailedPrecondition(
+                        f"/{path} is a subvolume of its own, which a btrfs snapshot leaves out: delete it, or replace "
+                        "it with a directory, and commit again"
+                    )
             os.rmdir(path, dir_fd=fd)
-        except OSError as error:
-            if error.errno != errno.ENOTEMPTY:
-                raise
-            raise FailedPrecondition(
-                f"/{path} is a subvolume of its own, which a btrfs snapshot leaves out: delete it, or replace it "
-                "with a directory, and commit again"
-            ) from None
-        os.mkdir(path, 0o700, dir_fd=fd)
-        os.chown(path, status.st_uid, status.st_gid, dir_fd=fd, follow_symlinks=False)
-        os.chmod(path, stat.S_IMODE(status.st_mode), dir_fd=fd)
+            os.mkdir(path, 0o700, dir_fd=fd)
+            os.chown(path, status.st_uid, status.st_gid, dir_fd=fd, follow_symlinks=False)
+            os.chmod(path, stat.S_IMODE(status.st_mode), dir_fd=fd)
+        # This commits the transaction, and with it all of the above.
+        btrfs_ioctl.set_read_only(fd, True)
 
 
 def _put_right(own_fd: int, kind: Kind) -> bool:

@@ -326,6 +326,16 @@ class TestCommit:
         with look(active) as root:
             assert contents(root / "var/inner") == {"file": "text"}
 
+    def test_a_commit_that_is_refused_leaves_subvolumes_inside_as_they_are(self, backend, look):
+        active = create(backend, 1)
+        with look(active) as root:
+            empty = make_subvolume(root, "empty")
+            (make_subvolume(root, "filled") / "file").write_text("text")
+            before = subvolume_of(empty).id
+            with pytest.raises(FailedPrecondition, match="/filled is a subvolume"):
+                backend.commit(active, sync=False, task=Task())
+            assert subvolume_of(empty).id == before
+
 
 class TestDelete:
     def test_subvolumes_inside_go_with_their_snapshot(self, backend, look):
