@@ -57,15 +57,31 @@ class Sweeper:
         self._threads = ThreadPoolExecutor(THREADS, "sweep")
         self._busy = threading.Lock()
         self._not_before = 0.0
+        self._later: threading.Timer | None = None
 
     def sweep_if_due(self) -> None:
-        """A burst, unless another one is under way or its pause has not passed."""
+        """A burst; once its pause has passed, where another one was just made or is under way."""
         if time.monotonic() < self._not_before or not self._busy.acquire(blocking=False):
+            self._sweep_later()
             return
         try:
             self._burst([])
         finally:
             self._busy.release()
+
+    def _sweep_later(self) -> None:
+        """Have a last burst, should nobody come and make one; a timer at a time is enough."""
+        if self._later is not None and self._later.is_alive():
+            return
+        wait_s = min(max(self._not_before - time.monotonic(), TICK_S), PAUSE_S_MAX)
+        self._later = threading.Timer(wait_s, self._sweep_again)
+        self._later.daemon = True
+        self._later.start()
+
+    def _sweep_again(self) -> None:
+        self._later = None
+        with contextlib.suppress(OSError, RuntimeError):  # Closed meanwhile.
+            self.sweep_if_due()
 
     def delete(self, name: str, dir_fd: int, task: Task) -> None:
         """Delete the subvolumes of one entry, in a burst together with others; missing is fine.
@@ -107,6 +123,8 @@ class Sweeper:
 
     def close(self) -> None:
         """Wait for what is under way; idempotent."""
+        if self._later is not None:
+            self._later.cancel()
         self._threads.shutdown()
 
 

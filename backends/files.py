@@ -640,9 +640,7 @@ class Shelf:
 
     def discarded(self) -> Iterator[str]:
         """The names in the trash."""
-        with _opened(self.trash_fd) as fd:
-            names = os.listdir(fd)
-        yield from names
+        yield from names(self.trash_fd)
 
     def measure(self, token: str, task: Task) -> Usage:
         """The usage of an entry of the trash; missing is {0, 0}."""
@@ -665,6 +663,12 @@ class Shelf:
             setattr(self, name, -1)
             if fd >= 0:
                 os.close(fd)
+
+
+def names(dir_fd: int) -> list[str]:
+    """What is in a directory at the moment; btrfs shows one as it was when it was opened."""
+    with _opened(dir_fd) as fd:
+        return os.listdir(fd)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -420,6 +421,27 @@ class TestSweeping:
             assert again.whole(Snapshot(1, Kind.COMMITTED))
         finally:
             again.close()
+
+    def test_what_a_life_that_was_cut_off_had_settled_is_discarded(self, backend):
+        backend._sweeper._not_before = float("inf")
+        commit(backend, create(backend, 1))
+        again = Btrfs.open(backend.root, BtrfsOptions())
+        try:
+            (token,) = again.discarded()
+            assert os.listdir(backend.root / SETTLED) == []
+            assert again.measure(token, Task()).inodes
+            again.delete(token, Task())
+            assert list(again.discarded()) == []
+            assert again.whole(Snapshot(1, Kind.COMMITTED))
+        finally:
+            again.close()
+
+    def test_the_last_of_many_goes_when_it_is_quiet(self, backend):
+        backend._sweeper._not_before = time.monotonic() + 0.1
+        commit(backend, create(backend, 1))
+        give_up = time.monotonic() + 20
+        while os.listdir(backend.root / SETTLED):
+            assert time.monotonic() < give_up
 
     def test_one_deletion_takes_others_along(self, backend):
         for id_ in range(1, 41):
