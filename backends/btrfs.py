@@ -45,6 +45,7 @@ import msgspec
 from backends import btrfs_ioctl, files
 from backends.api import Options, Support, Task
 from backends.btrfs_sweeper import Sweeper
+from backends.failpoints import reach
 from backends.syscalls import rename_noreplace
 from snapbroker.contract import Kind, Mount, Usage
 from snapbroker.errors import FailedPrecondition
@@ -133,14 +134,17 @@ class Btrfs:
             name = str(snapshot.id)
             os.mkdir(name, 0o700, dir_fd=self._shelf.snapshots_fd)
             try:
+                reach("btrfs.made")
                 with _opened(name, self._shelf.snapshots_fd) as own_fd:
                     btrfs_ioctl.create_snapshot(origin_fd, own_fd, ACTIVE, snapshot.kind is Kind.VIEW)
+                reach("btrfs.snapshotted")
                 task.advance()
             except BaseException:
                 self._undo_create(name)
                 raise
 
     def _undo_create(self, name: str) -> None:
+        reach("btrfs.undoing")
         try:
             with _opened(name, self._shelf.snapshots_fd) as own_fd:
                 btrfs_ioctl.destroy_with_nested(own_fd, ACTIVE, Task())
@@ -190,10 +194,12 @@ class Btrfs:
             active = btrfs_ioctl.subvolume(active_fd)
             os.setxattr(own_fd, SINCE_ATTRIBUTE, str(active.created).encode())
             inside = btrfs_ioctl.nested(active_fd, active.id)
+            reach("btrfs.noted")
             _replace_committed(active_fd, own_fd, read_only=not inside)
             try:
                 if inside:
                     _flatten(active_fd, own_fd, inside)
+                reach("btrfs.committed")
                 return self._usage(snapshot, own_fd, COMMITTED, task)
             except BaseException:
                 btrfs_ioctl.destroy_with_nested(own_fd, COMMITTED, Task())
@@ -201,12 +207,15 @@ class Btrfs:
 
     def settle(self, snapshot: Snapshot) -> None:
         """Put the active subvolume away for deletion; one still mounted somewhere (C37) goes with its last mount."""
+        reach("btrfs.settling")
         with contextlib.suppress(FileNotFoundError), self._own(snapshot) as own_fd:
             rename_noreplace(ACTIVE, str(snapshot.id), own_fd, self._settled_fd)
+            reach("btrfs.settled")
         self._sweeper.sweep_if_due()
 
     def revert(self, snapshot: Snapshot) -> None:
         """Delete the committed subvolume; the active one was not touched."""
+        reach("btrfs.reverting")
         with self._own(snapshot) as own_fd:
             btrfs_ioctl.destroy_with_nested(own_fd, COMMITTED, Task())
 
@@ -298,6 +307,7 @@ def _make_empty(root_fd: int) -> None:
     btrfs_ioctl.create_subvolume(root_fd, EMPTY)
     with _opened(EMPTY, root_fd) as fd:
         os.fchmod(fd, 0o755)  # C23
+        reach("btrfs.emptied")
         # This commits the transaction, and with it all of the above.
         btrfs_ioctl.set_read_only(fd, True)
 
@@ -334,6 +344,7 @@ def _flatten(active_fd: int, own_fd: int, inside: Sequence[btrfs_ioctl.Nested]) 
                         "it with a directory, and commit again"
                     )
             os.rmdir(path, dir_fd=fd)
+            reach("btrfs.unnested")
             os.mkdir(path, 0o700, dir_fd=fd)
             os.chown(path, status.st_uid, status.st_gid, dir_fd=fd, follow_symlinks=False)
             os.chmod(path, stat.S_IMODE(status.st_mode), dir_fd=fd)
@@ -347,6 +358,7 @@ def _put_right(own_fd: int, kind: Kind) -> bool:
         return False
     if btrfs_ioctl.is_subvolume(other, own_fd):
         btrfs_ioctl.destroy_with_nested(own_fd, other, Task())
+        reach("btrfs.righted")
     return True
 
 

@@ -13,6 +13,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from backends.failpoints import reach
 from backends.syscalls import big_ioctl
 from snapbroker.contract import Usage
 
@@ -297,6 +298,7 @@ def destroy_with_nested(dir_fd: int, name: str, task: Task) -> None:
     for found in reversed(inside):
         task.advance()
         destroy_id(dir_fd, found.id)
+        reach("btrfs_ioctl.destroyed")
     destroy(dir_fd, name)
     task.advance()
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Final
 
 from backends import btrfs_ioctl
 from backends.api import Task
+from backends.failpoints import reach
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -131,6 +132,7 @@ class Sweeper:
 def _delete_entry(name: str, dir_fd: int, task: Task) -> None:
     if btrfs_ioctl.is_subvolume(name, dir_fd):
         btrfs_ioctl.destroy_with_nested(dir_fd, name, task)
+        reach("btrfs_sweeper.destroyed")
         return
     try:
         fd = os.open(name, _DIRECTORY, dir_fd=dir_fd)
@@ -140,6 +142,7 @@ def _delete_entry(name: str, dir_fd: int, task: Task) -> None:
         for inner in os.listdir(fd):
             if btrfs_ioctl.is_subvolume(inner, fd):
                 btrfs_ioctl.destroy_with_nested(fd, inner, task)
+                reach("btrfs_sweeper.destroyed")
     finally:
         os.close(fd)
     with contextlib.suppress(OSError):

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Self
 
 from backends.entries import Entry, EntryCopy, Reflink, make_plain
+from backends.failpoints import reach
 from backends.syscalls import is_mount_root
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class _TreeCopy:
                 pending.extend(self._fill(directory, root=len(self._directories) == 1))
             # The walk is over: this thread copies the last batch itself, beside the workers.
             self._files.copy_all(self._batch.entries)
+        reach("copying.walked")
         for original, link in self._late_links:
             os.link(original, link, follow_symlinks=False)
         for directory in reversed(self._directories):

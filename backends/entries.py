@@ -19,6 +19,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
+from backends.failpoints import reach
 from backends.syscalls import clone_file
 from snapbroker.errors import Cancelled
 
@@ -123,6 +124,7 @@ class EntryCopy:
                 os.close(destination)
         finally:
             os.close(source)
+        reach("entries.copied")
         self.advance(1, size - reported)
 
     def make_file(self, path: str, content: bytes, status: os.stat_result) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from backends.api import fsync_directory
+from backends.failpoints import reach
 from backends.syscalls import (
     BTRFS_MAGIC,
     EXT4_MAGIC,
@@ -340,6 +341,7 @@ def remove_tree(name: str, dir_fd: int, task: Task) -> None:
         if is_mount_root("", descent.fd):
             _refuse_mounted(name)
         _empty(descent, task)
+    reach("files.emptied")
     _retried(_rmdir, name, dir_fd)
 
 
@@ -374,6 +376,7 @@ def _remove_files(descent: Descent, task: Task) -> tuple[list[str], bool]:
             directories.append(name)
         else:
             _forced(_unlink, name, descent)
+            reach("files.unlinked")
     return directories, len(batch) < BATCH_ENTRIES
 
 
@@ -492,7 +495,9 @@ class FilesystemSync:
     def _lead(self) -> None:
         failure: OSError | None = None
         try:
+            reach("files.flushing")
             syncfs(self._fd)
+            reach("files.flushed")
         except OSError as error:
             failure = error
         with self._changed:
@@ -595,11 +600,13 @@ class Shelf:
         self.trash = self.root / "trash"
         self.root_fd = self.snapshots_fd = self.trash_fd = -1
         _make_durable(self.root)
+        reach("files.rooted")
         try:
             self.root_fd = os.open(self.root, _DIRECTORY)
             os.fchmod(self.root_fd, 0o700)
             self.snapshots_fd = self._subdirectory("snapshots")
             self.trash_fd = self._subdirectory("trash")
+            reach("files.laid")
             os.fsync(self.root_fd)
         except BaseException:
             self.close()
@@ -626,6 +633,7 @@ class Shelf:
 
     def discard(self, id: int) -> str | None:
         """Rename snapshot `id` into the trash, under the name returned. Not durable: a start finds it again (D13)."""
+        reach("files.discarding")
         name = str(id)
         for token in itertools.chain((name,), (f"{name}.{number}" for number in itertools.count(1))):
             try:

@@ -31,6 +31,7 @@ from backends import files
 from backends.api import Options, Support, Task
 from backends.copying import copy_tree
 from backends.entries import Reflink
+from backends.failpoints import reach
 from backends.patterns import Patterns
 from backends.syscalls import clone_file
 from snapbroker.contract import Kind, Mount, Usage
@@ -135,10 +136,12 @@ class Native:
         # A copy's directory gets the mode of its original at the end.
         os.mkdir(name, 0o700 if snapshot.parents else _ROOT_MODE, dir_fd=self._shelf.snapshots_fd)
         try:
+            reach("native.made")
             if snapshot.parents:
                 self._copy(snapshot, task)
             else:
                 self._finish_empty(name)
+            reach("native.copied")
             task.advance(0)
         except BaseException:
             self._undo_create(name)
@@ -160,6 +163,7 @@ class Native:
             os.chmod(name, _ROOT_MODE, dir_fd=self._shelf.snapshots_fd)
 
     def _undo_create(self, name: str) -> None:
+        reach("native.undoing")
         try:
             files.remove_tree(name, self._shelf.snapshots_fd, Task())
         except OSError as error:

@@ -24,6 +24,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from backends.api import ONLY_REMAP_IDS, REBASE, REMAP_IDS, Glance, Options, Snapshot, Support, Task, TooMany
+from backends.failpoints import reach
 from backends.files import DirectorySync, FilesystemSync, Shelf, SyncStatistics, remove_tree, usage
 from backends.overlayfs_probe import Features, examine
 from snapbroker.contract import GIDMAPPING_LABEL, UIDMAPPING_LABEL, UPPERDIR_LABEL, Kind, Mount, Usage
@@ -235,13 +236,17 @@ class Overlayfs:
                 self._make_directory(name, 0o700)
                 begun.append(name)
                 made.append(name)
+                reach("overlayfs.made")
                 if work:
                     self._make_directory(f"{name}/work", 0o711)
                     made.append(f"{name}/work")
                 self._make_directory(f"{name}/fs", 0o755, owner)
                 made.append(f"{name}/fs")
+            reach("overlayfs.filled")
             self._directory_sync.sync(made, self._shelf.snapshots_fd)
+            reach("overlayfs.flushed")
         except BaseException:
+            reach("overlayfs.undoing")
             for name in begun:
                 remove_tree(name, self._shelf.snapshots_fd, Task())
             raise

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from backends.entries import Entry, EntryCopy, attributes, has_holes, make_plain
+from backends.failpoints import reach
 from backends.syscalls import is_mount_root
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ class Pattern:
                 if part.path:
                     os.mkdir(path, 0o700)
                 directories.append(Entry(source + part.path, path, status))
+        reach("patterns.filled")
         for directory in reversed(directories):
             copy.finish(directory, plain=True)
 

@@ -12,6 +12,7 @@ import anyio
 import msgspec
 import structlog
 
+from backends import failpoints
 from broker import config as configuration
 from broker import logs
 from broker.server import Finding, Server, examine, version
@@ -113,6 +114,10 @@ def serve(config: configuration.Config) -> int:
     """Serve until a signal."""
     logs.configure(config.log_level, config.log_format)
     raise_file_limit()
+    if armed := failpoints.requested():
+        log.warning(
+            "FAIL POINTS ARE ARMED: this daemon breaks on purpose", directory=str(armed), variable=failpoints.VARIABLE
+        )
     findings = examine(config)
     usable: list[Finding] = []
     for finding in findings:

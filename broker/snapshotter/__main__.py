@@ -10,6 +10,7 @@ import anyio
 import msgspec
 import structlog
 
+from backends import failpoints
 from broker import logs
 from broker.actor.lineage import die_with_parent
 from broker.actor.link import Link
@@ -27,6 +28,7 @@ log = structlog.get_logger()
 def main() -> int:
     """Run until the router says stop; the exit status tells the supervisor."""
     die_with_parent(int(sys.argv[1]))
+    failpoints.arm(failpoints.ACTOR)
     line = socket.socket(fileno=int(sys.argv[2]))
     line.set_inheritable(False)
     setup = msgspec.json.decode(sys.stdin.buffer.read(), type=Setup)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from backends.api import Task, TooMany
+from backends.failpoints import reach
 from broker.snapshotter.hands import Hand, Place, failure_of
 from snapbroker.contract import Kind
 from snapbroker.errors import Cancelled
@@ -205,11 +206,13 @@ class Crew:
     def _flush(self, orders: list[Order]) -> None:
         if not orders:
             return
+        reach("crew.built")
         try:
             self._backend.flush([order.snapshot for order in orders])
         except Exception as error:
             self._drop(orders, error)
             return
+        reach("crew.flushed")
         for order in orders:
             try:
                 order.task.advance(0)
@@ -219,6 +222,7 @@ class Crew:
                 order.done(None)
 
     def _drop(self, orders: Sequence[Order], reason: Exception) -> None:
+        reach("crew.dropping")
         for order in orders:
             try:
                 self._discard(order.snapshot.id)

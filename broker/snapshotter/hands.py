@@ -22,7 +22,9 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from backends import failpoints
 from backends.api import Snapshot, Task
+from backends.failpoints import reach
 from broker.actor.lineage import die_with_parent
 from snapbroker.contract import Kind
 from snapbroker.errors import BrokerError, Cancelled, Unavailable
@@ -220,6 +222,7 @@ def main() -> None:
     from backends import registry
 
     die_with_parent(int(sys.argv[1]))
+    failpoints.arm(failpoints.HAND)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(int(sys.argv[2]))
     body = read(sys.stdin.buffer)
@@ -232,7 +235,9 @@ def main() -> None:
     except (OSError, BrokerError) as error:
         sys.exit(f"a helper process of {place.root} cannot start: {error}")
     while (body := read(sys.stdin.buffer)) is not None:
+        reach("hands.asked")
         answer = serve(backend, _decode_job(body))
+        reach("hands.done")
         answer.done = True
         write(sys.stdout.buffer, answer)
 

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
+from backends.failpoints import reach
 from snapbroker.errors import ResourceExhausted
 
 if TYPE_CHECKING:
@@ -61,10 +62,12 @@ class Ids:
             if self._left() >= BLOCK // 2:
                 return
         first = self._environment.write(self._reserve, frees=True)
+        reach("ids.committed")
         with self._lock:
             self._blocks.append([first, first + BLOCK])
 
     def _reserve(self, txn: object) -> int:
         first = self._snapshots.next_id(txn)  # type: ignore[arg-type]
         self._snapshots.reserve_ids(txn, first, BLOCK)  # type: ignore[arg-type]
+        reach("ids.reserved")
         return first

@@ -16,6 +16,7 @@ import msgspec
 import structlog
 
 from backends.api import Task
+from backends.failpoints import reach
 from broker.snapshotter.errors import error_of_system
 from snapbroker.errors import BrokerError, Unavailable
 
@@ -113,7 +114,9 @@ class Pool:
             ids: list[int] = []
             try:
                 ids = self._ids.take_many(min(missing, BATCH))
+                reach("pool.taken")
                 self._stocker.stock(ids, self._task)
+                reach("pool.stocked")
             except (OSError, BrokerError) as error:
                 self._put_aside(ids)
                 self._failed(error_of_system(error) if isinstance(error, OSError) else error)
@@ -142,6 +145,7 @@ class Pool:
 
     def _put_aside(self, ids: list[int]) -> None:
         """Discard what a process that was ended in the middle has made; ids are not used again."""
+        reach("pool.failed")
         for id_ in ids:
             try:
                 self._discard(id_)

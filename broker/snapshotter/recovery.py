@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from backends.failpoints import reach
 from broker.snapshotter.verbs import snapshot_of
 from broker.snapshotter.writer import Errand
 from broker.store.records import BROKEN, Record
@@ -101,6 +102,7 @@ class Recovery:
                     log.error("a record is damaged", key=repr(key))
                 else:
                     self._look(txn, key, record)
+            reach("recovery.looked")
 
         def done(error: BrokerError | None) -> None:
             if self._stopped:
@@ -144,9 +146,11 @@ class Recovery:
             log.error("a snapshot is broken: its files are missing", namespace=namespace, name=name, id=record.id)
         if whole == record.broken:
             self._snapshots.put(txn, key, record._replace(flags=0 if whole else BROKEN))
+            reach("recovery.marked")
 
     def _sweep(self) -> None:
         """Discard what has no record; in a worker."""
+        reach("recovery.sweeping")
         try:
             # Whose files a damaged record speaks of is unknown: nothing may be taken for a left-over.
             for id_ in () if self.damaged else self._backend.ids():
@@ -155,9 +159,11 @@ class Recovery:
                 if id_ < self._boundary and id_ not in self._seen:
                     self.leftovers += 1
                     self._trash.discard(id_, None)
+                    reach("recovery.discarded")
         except (OSError, BrokerError) as error:
             log.error("left-overs cannot be looked for", error=str(error))
         self.finished = True
+        reach("recovery.finished")
         if self.leftovers or self.broken:
             log.info("recovered", checked=self.checked, broken=self.broken, leftovers=self.leftovers)
 

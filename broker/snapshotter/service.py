@@ -18,6 +18,7 @@ import structlog
 from anyio.abc import TaskGroup
 
 from backends.api import Snapshot, Task
+from backends.failpoints import reach
 from broker.snapshotter.errors import error_of
 from broker.snapshotter.operations import Delivery, Operation, Result
 from broker.snapshotter.writer import Errand
@@ -447,6 +448,7 @@ class Service:
         if failures:
             name, reason = next(iter(failures.items()))
             raise Internal(f"{len(failures)} removed snapshots cannot be deleted, first {name}: {reason}")
+        reach("service.emptied")
         written = anyio.Event()
         errors: list[BrokerError | None] = []
 
@@ -497,7 +499,9 @@ class Service:
             if ticket.outcomes or not ticket.missing:
                 self._flush(ticket)
         if delivery.events:
+            reach("service.answered")
             self._publish(delivery.events)
+            reach("service.published")
             self._news.set()
             self._news = anyio.Event()
 

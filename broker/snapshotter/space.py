@@ -21,6 +21,7 @@ from typing import Final
 import msgspec
 import structlog
 
+from backends.failpoints import reach
 from snapbroker.errors import ResourceExhausted
 
 log = structlog.get_logger()
@@ -83,6 +84,7 @@ class Ballast:
     def _take_up(self, file: Path) -> None:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            reach("space.opened")
             os.posix_fallocate(descriptor, 0, self._size)
         except OSError as error:
             file.unlink()

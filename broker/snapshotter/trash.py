@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import structlog
 
 from backends.api import Task
+from backends.failpoints import reach
 from snapbroker.contract import Usage
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Trash:
         token = self._backend.discard(id_)
         if token is None:
             return
+        reach("trash.discarded")
         with self._condition:
             self._added += 1
             if self._overflow or len(self._queue) >= QUEUE_MAX:
@@ -86,6 +88,7 @@ class Trash:
         with self._condition:
             before = len(self._queue)
             several = iter(tokens)
+            reach("trash.recovered")
             self._queue.extend(itertools.islice(several, max(0, QUEUE_MAX - before)))
             self._added += len(self._queue) - before
             for _ in several:
@@ -96,11 +99,13 @@ class Trash:
     def run(self) -> None:
         """Delete until `stop`; the body of a thread."""
         while tokens := self._next():
+            reach("trash.taken")
             try:
                 failed = self._deleter.delete(tokens, self._task)
             except Exception as error:
                 self._put_back(tokens, error)
                 continue
+            reach("trash.deleted")
             self._note(tokens, failed)
         self._deleter.let_go()
 

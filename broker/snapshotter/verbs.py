@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from backends.api import REBASE, Backend, Glancing, Pooled, Snapshot
+from backends.failpoints import reach
 from broker.snapshotter.lifecycle import PARENT, REBASE_PARENT, refusal
 from broker.snapshotter.operations import After, Labour, Made, Need, Operation
 from broker.store.records import Record, encode_info, index_key
@@ -198,6 +199,7 @@ class Verbs:
         info = encode_info(Info(key, kind, parent, labels, scene.now, scene.now))
         record = Record(kind, 0, len(chain), snapshot.id, parent_id, 0, 0, fence, info)
         self._snapshots.insert(scene.txn, index, record)
+        reach("verbs.created")
         scene.journal.append(scene.txn, scene.now, scene.namespace, kind_verb(kind), key, info)
         return answer
 
@@ -288,6 +290,7 @@ class Verbs:
         committed = Info(call.name, Kind.COMMITTED, parent, labels, scene.now, scene.now)
         encoded = encode_info(committed)
         self._snapshots.delete(scene.txn, source, record)
+        reach("verbs.consumed")
         self._snapshots.insert(
             scene.txn,
             target,
@@ -300,6 +303,7 @@ class Verbs:
             ),
         )
         self._snapshots.refer(scene.txn, scene.namespace, committed, record.id)
+        reach("verbs.committed")
         scene.journal.append(scene.txn, scene.now, scene.namespace, "commit", call.key, encoded)
         scene.after.append(lambda: self._backend.settle(snapshot))
         return EMPTY
@@ -351,6 +355,7 @@ class Verbs:
         self._snapshots.delete(scene.txn, index, record)
         if record.kind is Kind.COMMITTED:
             self._snapshots.unrefer(scene.txn, scene.namespace, record.decoded(), record.id)
+        reach("verbs.removed")
         scene.journal.append(scene.txn, scene.now, scene.namespace, "remove", call.key)
         usage = record.usage if record.kind is Kind.COMMITTED else None
         scene.after.append(lambda: self._trash.discard(record.id, usage))
@@ -375,6 +380,7 @@ class Verbs:
             self._snapshots.unrefer(scene.txn, scene.namespace, info, record.id)
             self._snapshots.refer(scene.txn, scene.namespace, changed, record.id)
         self._snapshots.put(scene.txn, index, record._replace(info=encoded))
+        reach("verbs.updated")
         scene.journal.append(scene.txn, scene.now, scene.namespace, "update", call.name, encoded)
         return answer
 

@@ -24,6 +24,7 @@ import msgspec
 import structlog
 
 from backends.api import Backend, Glance, Snapshot, Task, TooMany
+from backends.failpoints import reach
 from broker.snapshotter.crew import Order
 from broker.snapshotter.errors import error_of
 from broker.snapshotter.operations import Delivery, Labour, Made, Need, Operation, Result
@@ -204,6 +205,7 @@ class Writer:
         self._turns += 1
         self._operations += len(batch)
         self._largest = max(self._largest, len(batch))
+        reach("writer.begun")
         try:
             if not frees:
                 self._ids.replenish()
@@ -227,13 +229,16 @@ class Writer:
         self._journal.settle(draft.turn)
         self._snapshots.settle()
         self._fresh_holds.clear()
+        reach("writer.settled")
         for operation, needs in draft.needs:
             self._dispatch(operation, needs)
         for operation, _ in draft.results:
             self._let_go(operation)
         for after in draft.after:
             self._after(after)
+        reach("writer.cleared")
         self._deliver(Delivery(draft.results, draft.turn.entries))
+        reach("writer.delivered")
         for errand in draft.errands:
             errand.done(None)
         for operation in draft.failed:
@@ -386,6 +391,7 @@ class Writer:
         if operation.task is None:
             operation.task = Task()
         self._working.add(operation)
+        reach("writer.held")
         for index, need in needs:
             if need.labour is Labour.STOCK and self._pool is not None:
                 self._pool.park(lambda got, index=index, need=need: self._stocked(operation, index, need, got))  # type: ignore[misc]
@@ -407,6 +413,7 @@ class Writer:
             operation.made[index] = Made(Labour.CREATE, replace(need.snapshot, id=got))
         else:
             operation.failure, operation.failed = got, index
+        reach("writer.made")
         self._inbox.put(operation)
 
     def _created(self, operation: Operation, index: int, need: Need, failure: Exception | None) -> None:
@@ -415,6 +422,7 @@ class Writer:
             operation.made[index] = Made(need.labour, need.snapshot)
         else:
             operation.failure, operation.failed = error_of(failure, need.labour.value), index
+        reach("writer.made")
         self._inbox.put(operation)
 
     def _labour(self, operation: Operation, needs: list[tuple[int, Need]]) -> None:
@@ -427,6 +435,7 @@ class Writer:
                 operation.made[index] = self._labours[need.labour](need, task)
             except Exception as error:
                 operation.failure, operation.failed = error_of(error, need.labour.value), index
+        reach("writer.made")
         self._inbox.put(operation)
 
     def _create(self, need: Need, task: Task) -> Made:
@@ -448,6 +457,7 @@ class Writer:
         """Undo what the backend did for an operation that failed; its holds are released only after."""
         self._let_go(operation)
         for made in operation.made.values():
+            reach("writer.undoing")
             if made.labour is Labour.CREATE:
                 self._after(lambda made=made: self._verbs.discard(made.snapshot.id))  # type: ignore[misc]
             elif made.labour is Labour.COMMIT:

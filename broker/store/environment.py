@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import lmdb
 import msgspec
 
+from backends.failpoints import reach
 from snapbroker.errors import FailedPrecondition, Internal, ResourceExhausted
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Environment:
         except lmdb.Error as error:
             raise Internal(f"cannot open the metadata database {path}: {error}") from error
         self._env.reader_check()
+        reach("environment.opened")
         self.page_bytes = int(self._env.stat()["psize"])
         with self._env.begin(write=True) as txn:
             self.meta = self._env.open_db(b"meta", txn=txn)
@@ -102,15 +104,21 @@ class Environment:
         while True:
             try:
                 with self._env.begin(write=True) as txn:
-                    return work(txn)
+                    result = work(txn)
+                    reach("environment.worked")
             except lmdb.MapFullError:
+                reach("environment.full")
                 self._grow(frees=frees)
+                reach("environment.grown")
             except lmdb.DiskError as error:
                 raise ResourceExhausted(f"the metadata database's disk is full: {error}") from error
             except lmdb.Error as error:
                 if self._disk_is_full():
                     raise ResourceExhausted(f"the metadata database's disk is full: {error}") from error
                 raise Internal(f"the metadata database failed: {error}") from error
+            else:
+                reach("environment.committed")
+                return result
 
     def _disk_is_full(self) -> bool:
         """LMDB reports a write that a full disk cut short as an input/output error."""
@@ -122,6 +130,7 @@ class Environment:
         """A child of `txn`: committed into it at the end, dropped alone on an exception."""
         with self._env.begin(parent=txn, write=True) as child:
             yield child
+        reach("environment.nested")
 
     def _grow(self, *, frees: bool) -> None:
         limit = self._limits.map_max_bytes

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from backends.failpoints import reach
 from snapbroker.contract import topic
 from snapbroker.errors import Internal, OutOfRange
 
@@ -88,6 +89,7 @@ class Turn:
         raw = msgspec.Raw(info) if info else NO_INFO
         body = _encode(Entry(sequence, previous, now, journal.snapshotter, namespace, verb, key, raw))
         txn.put(_U64.pack(sequence), body, db=journal.db, append=True)
+        reach("journal.appended")
         self.sequence = sequence
         self.topics[name] = sequence
         self.entries.append((name, sequence, body))
@@ -157,6 +159,7 @@ class Journal:
                 found = cursor.delete()
                 oldest = sequence + 1
                 drop_max -= 1
+                reach("journal.trimmed")
         return oldest
 
     def check(self, since: int, oldest: int, newest: int) -> None:

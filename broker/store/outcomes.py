@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from backends.failpoints import reach
 from snapbroker.errors import Internal, InvalidArgument
 from snapbroker.protocol import Outcome, decoder, encode
 
@@ -129,6 +130,7 @@ class Outcomes:
     def store(self, txn: Transaction, place: bytes, kept: Kept) -> None:
         """Write one value and its place in the order of time."""
         txn.put(place, encode(kept), db=self._db)
+        reach("outcomes.stored")
         txn.put(_age_key(kept.time, place), place, db=self._ages)
 
     def trim(self, txn: Transaction, now: int, drop_max: int) -> None:
@@ -142,6 +144,7 @@ class Outcomes:
                 if room >= 0 and _TIME.unpack_from(key)[0] >= too_old:
                     break
                 value = txn.pop(place, db=self._db)
+                reach("outcomes.trimmed")
                 room += len(value or b"") + len(key) + 2 * len(place)
                 found = cursor.delete()
                 drop_max -= 1

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, cast
 
+from backends.failpoints import reach
 from broker.store.records import (
     DIGEST_BYTES,
     LONG_KEY_BYTES,
@@ -101,12 +102,14 @@ class Snapshots:
         """Write a record that was not there, and its place among its parent's children."""
         txn.put(key, record.encode(), db=self._db)
         if record.parent_id:
+            reach("snapshots.inserted")
             txn.put(_PAIR.pack(record.parent_id, record.id), b"", db=self._children)
 
     def delete(self, txn: Transaction, key: bytes, record: Record) -> None:
         """Delete a record and its place among its parent's children."""
         txn.delete(key, db=self._db)
         if record.parent_id:
+            reach("snapshots.deleted")
             txn.delete(_PAIR.pack(record.parent_id, record.id), db=self._children)
 
     def has_children(self, txn: Transaction, id_: int) -> bool:
@@ -174,6 +177,7 @@ class Snapshots:
         reference = info.labels.get(SNAPSHOT_REF_LABEL)
         if reference:
             txn.put(_reference_key(namespace, reference) + _U64.pack(id_), info.name.encode(), db=self._references)
+            reach("snapshots.referred")
 
     def unrefer(self, txn: Transaction, namespace: str, info: Info, id_: int) -> None:
         """Take it out of the index."""

@@ -94,6 +94,8 @@ class Books:
     oracle: Oracle
     contents: dict[str, Contents] = field(default_factory=dict)
     mounts: dict[str, MountsAnswer] = field(default_factory=dict)
+    side_by_side: list[tuple[int, int]] = field(default_factory=list)
+    """Where in the events those of one request stand that do not wait for each other."""
 
     @property
     def name(self) -> str:
@@ -106,7 +108,10 @@ class Books:
 
     def say(self, said: Said) -> list[Any]:
         """Enter a request; answers what the oracle expects of each call."""
+        before = len(self.oracle.events)
         expected = self.oracle.request(said.calls, atomic=said.atomic)
+        if len(said.calls) > 1 and not said.atomic:
+            self.side_by_side.append((before, len(self.oracle.events)))
         for number, (call, wanted) in enumerate(zip(said.calls, expected, strict=True)):
             if not isinstance(wanted, Refused):
                 self._follow(call, said.results[number] if said.results else None)
@@ -151,6 +156,18 @@ class Books:
     def happened(self) -> list[Happening]:
         """The events entered since the books were opened."""
         return [event[2:] for event in self.oracle.events]
+
+    def forget_events(self) -> None:
+        """Open the books again at what there is."""
+        self.oracle.events.clear()
+        self.side_by_side.clear()
+
+    def tell(self, happened: Sequence[Happening]) -> bool:
+        """Whether these are the events entered; in which order calls of one request are done is the broker's choice."""
+        entered, told = self.happened(), list(happened)
+        for begin, end in self.side_by_side:
+            entered[begin:end], told[begin:end] = sorted(entered[begin:end]), sorted(told[begin:end])
+        return entered == told
 
     def names(self, *kinds: Kind) -> list[str]:
         """The names of these kinds."""

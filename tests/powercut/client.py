@@ -111,7 +111,7 @@ class Client(threading.Thread):
         self.answers += 1
         if self.on_events is not None:
             happened = self.books.happened()
-            self.books.oracle.events.clear()
+            self.books.forget_events()
             self.on_events(happened)
         return said.results
 

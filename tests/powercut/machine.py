@@ -135,7 +135,7 @@ class Machine(Settling):
 
     def _clients(self, seed: str) -> list[Client]:
         for books in self.books.values():
-            books.oracle.events.clear()
+            books.forget_events()
         return [Client(self.daemon, books.copy(), f"{seed}/{name}") for name, books in self.books.items()]
 
     # The cut.

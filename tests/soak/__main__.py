@@ -1,4 +1,6 @@
-"""`python -m tests.soak`: an hour of everything at once, then hundreds of power cuts; a summary as JSON at the end.
+"""`python -m tests.soak`: an hour of everything at once, then hundreds of power cuts, then a crash at every fail point.
+
+A summary as JSON is at the end.
 
 One integer makes all random choices: `--seed N` makes them again, as far as the threads' timing allows. A power cut
 that fails names its chain: `--minutes 0 --seed N --chain C` makes that chain alone.
@@ -16,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
+from tests.failpoints.matrix import BACKENDS, crash_everywhere
 from tests.powercut.disk import FILESYSTEMS, image_host
 from tests.powercut.machine import Machine
 from tests.soak.run import Soak
@@ -41,6 +44,8 @@ def main() -> int:
     chains = [arguments.chain] if arguments.chain is not None else list(range(-(-arguments.cuts // CHAIN)))
     if chains:
         summary["power_cuts"] = cut(seed, chains, arguments.cuts, failures)
+    if arguments.crashes:
+        summary["crashes"] = crash(seed, arguments.crashes, failures)
     text = json.dumps(summary, indent=2)
     print(text)
     if arguments.json:
@@ -72,6 +77,21 @@ def cut(seed: int, chains: list[int], cuts: int, failures: list[str]) -> dict[st
     }
 
 
+def crash(seed: int, times: int, failures: list[str]) -> dict[str, Any]:
+    """Die at every fail point, so many times over."""
+    begun = time.monotonic()
+    figures: dict[str, Counter[str]] = {backend: Counter() for backend in BACKENDS}
+    for number in range(times):
+        for backend in BACKENDS:
+            done, failed = crash_everywhere(backend, seed + number, say)
+            figures[backend].update(done)
+            failures += failed
+    total = sum(figures.values(), Counter[str]())
+    return {"seconds": round(time.monotonic() - begun), "total": dict(total)} | {
+        backend: dict(each) for backend, each in figures.items()
+    }
+
+
 def say(text: str) -> None:
     """A line of progress; the summary alone goes to standard output."""
     print(text, file=sys.stderr, flush=True)
@@ -81,6 +101,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0, help="how long the first part takes; 0 leaves it out")
     parser.add_argument("--cuts", type=int, default=204, help="power cuts in the second part; 0 leaves it out")
+    parser.add_argument("--crashes", type=int, default=1, help="how often each fail point is died at; 0 leaves it out")
     parser.add_argument("--chain", type=int, help="only this chain of cuts")
     parser.add_argument("--seed", type=int, help="the integer that a run is made of; random where it is left out")
     parser.add_argument("--json", type=Path, help="where to write the summary as well")
