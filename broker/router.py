@@ -199,7 +199,7 @@ class Router:
         error = Unavailable(
             f"snapshotter {actor.name!r} died with this call in its hands; whether it took effect is unknown: "
             "stat before you repeat",
-            {"retry_after_ms": max(actor.retry_after_ms, 100)},
+            {"retry_after_ms": max(actor.retry_after_ms, 100), "in_doubt": True},
         )
         for client, request_id in waiting:
             self._answer(client, request_id, error)

@@ -40,7 +40,7 @@ from snapbroker.session import Answer, Exchange, Patience, Repeats
 UNAVAILABLE = Fault(code="unavailable", message="restarting")
 LONG_PAUSE = Fault(code="unavailable", message="restarting", details={"retry_after_ms": 5000})
 """Nothing is sent again as long as a test runs."""
-DIED = Fault(code="unavailable", message="died with this call in its hands; whether it took effect is unknown")
+DIED = Fault(code="unavailable", message="died with this call in its hands", details={"in_doubt": True})
 
 
 @pytest.fixture

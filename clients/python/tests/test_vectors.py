@@ -13,6 +13,7 @@ from referencing import Registry, Resource
 
 from snapbroker import contract, protocol
 from snapbroker.errors import ERRORS, BrokerError
+from snapbroker.session import Answer, Exchange
 
 ROOT = Path(__file__).resolve().parents[3]
 TOOLS = ROOT / "clients" / "python" / "tools"
@@ -27,6 +28,7 @@ DECODERS = {
     "Heartbeat": protocol.decode_heartbeat,
     **{answer.__name__: protocol.decoder(answer).decode for answer in protocol.answer_types().values()},
 }
+ANSWERS = {answer.__name__ for answer in protocol.answer_types().values()}
 BY_NAME = {vector["name"]: vector for section in ("messages", "tolerated", "refused") for vector in VECTORS[section]}
 
 
@@ -64,22 +66,53 @@ def test_the_json_view_is_the_message(vector):
 
 @named("messages")
 def test_a_message_fits_its_schema(vector):
-    validate(schema_of(vector["type"]), vector["json"])
+    if "json" in vector:
+        validate(schema_of(vector["type"]), vector["json"])
+
+
+@named("messages")
+def test_maps_with_free_keys_are_in_the_order_of_their_bytes(vector):
+    """So that writers in languages whose maps have no order can be compared byte for byte."""
+    for keys in free_maps(vector["json"]):
+        assert keys == sorted(keys, key=str.encode)
+
+
+def free_maps(value):
+    if isinstance(value, list):
+        for each in value:
+            yield from free_maps(each)
+    if isinstance(value, dict):
+        for name, field in value.items():
+            if name in ("labels", "details", "topics", "queues", "backlog") and isinstance(field, dict):
+                yield list(field)
+                yield from (list(inner) for inner in field.values() if isinstance(inner, dict))
+            yield from free_maps(field)
 
 
 @named("tolerated")
 def test_what_is_tolerated_means_the_same_as_what_is_written(vector):
     assert vector["hex"] != BY_NAME[vector["same_as"]]["hex"]
     assert protocol.encode(decoded(vector)).hex() == BY_NAME[vector["same_as"]]["hex"]
-    validate(schema_of(vector["type"]), vector["json"])
+    if "json" in vector:
+        validate(schema_of(vector["type"]), vector["json"])
 
 
 @named("malformed")
 def test_what_is_malformed_is_refused_with_its_code(vector):
+    read = answered if vector["type"] in ANSWERS else decoded
     with pytest.raises(BrokerError) as caught:
-        decoded(vector)
+        read(vector)
     assert caught.value.code == vector["error"]
     assert type(caught.value) is ERRORS[vector["error"]]
+
+
+def answered(vector):
+    """What a caller gets whose call has the vector as its answer."""
+    exchange, answer = Exchange(b"overlayfs", "default", 1.0), Answer()
+    exchange.add(protocol.Status(), DECODERS[vector["type"]], answer)
+    outcome = protocol.Outcome(call=0, ok=msgspec.Raw(bytes.fromhex(vector["hex"])))
+    exchange.receive(protocol.encode(protocol.Reply(outcomes=(outcome,))), last=True)
+    return answer.result()
 
 
 @named("refused")
@@ -117,7 +150,7 @@ def test_every_verb_answer_kind_and_code_has_a_vector():
     codes = {vector["name"].removeprefix("reply-error-") for vector in messages}
     assert set(ERRORS) <= codes
     events = [vector["json"] for vector in messages if vector["type"] == "Event"]
-    assert {event["verb"] for event in events} == set(contract.EVENT_VERBS)
+    assert {event["verb"] for event in events} == {*contract.EVENT_VERBS, "lease"}
     kinds = {vector["json"]["kind"] for vector in messages if vector["type"] == "Info"}
     assert kinds == {str(kind) for kind in contract.Kind}
     names = [vector["name"] for section in VECTORS.values() if isinstance(section, list) for vector in section]

@@ -9,10 +9,30 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
+import vector_edges as edges
 from generated import ROOT, write_or_check
+from vector_parts import (
+    BASE,
+    CREATED,
+    FAR_NAME,
+    INTEGER_MAX,
+    JOB,
+    LONGEST_LABEL,
+    LONGEST_NAME,
+    LONGEST_NAMESPACE,
+    LOOK,
+    MOUNTS,
+    Vector,
+    event,
+    failed,
+    ok,
+    one,
+    readable,
+    vector,
+)
 
 from snapbroker import protocol
 from snapbroker.contract import (
@@ -39,7 +59,6 @@ from snapbroker.protocol import (
     REQUEST_ID_BYTES_MAX,
     REQUEST_VERSION,
     ActorStatus,
-    Call,
     Cancel,
     Cleanup,
     Commit,
@@ -72,56 +91,10 @@ if TYPE_CHECKING:
 
 FOLDER: Final = ROOT / "clients" / "vectors"
 
-Vector = dict[str, Any]
-
-CREATED: Final = 1_700_000_000_123_456_789
-LONGEST_NAME: Final = "é" * (NAME_BYTES_MAX // 2)
-LONGEST_LABEL: Final = {"k" * 96: "v" * (LABEL_BYTES_MAX - 96)}
-LONGEST_NAMESPACE: Final = "n" * NAMESPACE_BYTES_MAX
-# A letter of two bytes, a Han character of three, an emoji of four, a letter with a combining accent, a quote.
-FAR_NAME: Final = 'é/牛/😀/e\u0301/"\\'
-INTEGER_MAX: Final = 2**63 - 1
-
-MOUNTS: Final = (Mount("overlay", "overlay", ("workdir=/r/7/work", "upperdir=/r/7/fs", "lowerdir=/r/3/fs:/r/1/fs")),)
-BASE: Final = Info("base", Kind.COMMITTED, "", {"team": "build"}, CREATED, CREATED)
-JOB: Final = Info("job-42", Kind.ACTIVE, "base", {}, CREATED + 1000, CREATED + 1000)
-LOOK: Final = Info("look", Kind.VIEW, "base", {}, CREATED + 2000, CREATED + 2000)
-
-
-def event(sequence: int, previous: int, verb: str, key: str = "", info: Info | None = None) -> Event:
-    """An event of the snapshotter `overlayfs` in the namespace `default`."""
-    return Event(sequence, previous, CREATED + sequence, "overlayfs", "default", verb, key, info)
-
-
-def one(*calls: Call, namespace: str = "default", atomic: bool = False, timeout_ms: int = 0) -> Request:
-    """A request, mostly with one call."""
-    return Request(calls=calls, namespace=namespace, atomic=atomic, timeout_ms=timeout_ms)
-
-
-def ok(call: int, answer: msgspec.Struct) -> Outcome:
-    """The outcome of a call that succeeded."""
-    return Outcome(call=call, ok=msgspec.Raw(encode(answer)))
-
-
-def failed(call: int, code: str, message: str, **details: object) -> Outcome:
-    """The outcome of a call that did not."""
-    return Outcome(call=call, error=Fault(code=code, message=message, details=details))
-
-
-def view_of(body: bytes) -> object:
-    """The JSON view of a body: what a reader that knows only MessagePack sees; bytes in base64."""
-    return msgspec.to_builtins(msgspec.msgpack.decode(body))
-
-
-def vector(name: str, value: msgspec.Struct, note: str) -> Vector:
-    """A message as this implementation writes it."""
-    body = encode(value)
-    return {"name": name, "type": type(value).__name__, "note": note, "hex": body.hex(), "json": view_of(body)}
-
 
 def requests() -> Iterator[Vector]:
     """Requests, one for each verb, then the odd ones."""
-    labels = {"team": "build", "containerd.io/gc.root": "2026-01-01T00:00:00Z"}
+    labels = {"containerd.io/gc.root": "2026-01-01T00:00:00Z", "team": "build"}
     yield vector("prepare", one(Prepare(key="job-42", parent="base")), "An active snapshot over a parent.")
     yield vector("prepare-without-parent", one(Prepare(key="job-42")), "An empty parent is left out.")
     yield vector("prepare-labels", one(Prepare(key="job-42", parent="base", labels=labels)), "With labels.")
@@ -230,7 +203,7 @@ def replies() -> Iterator[Vector]:
     )
     yield vector(
         "reply-out-of-range",
-        Reply(outcomes=(failed(0, "out_of_range", "no longer kept", oldest=5001, newest=9000),)),
+        Reply(outcomes=(failed(0, "out_of_range", "no longer kept", newest=9000, oldest=5001),)),
         "To events: what is kept.",
     )
 
@@ -280,7 +253,7 @@ def answers() -> Iterator[Vector]:
                     name="overlayfs", backend="overlayfs", state="ready", pid=4712, restarts=1,
                     resident_bytes=41_943_040, cpu_seconds=0.25, open_files=17, sequence=42, snapshots=3,
                     capabilities=("rebase",), root="/var/lib/snapbroker/overlayfs",
-                    queues={"mailbox": {"length": 0, "limit": 4096}}, backlog={"entries": 0, "bytes": 0},
+                    queues={"mailbox": {"length": 0, "limit": 4096}}, backlog={"bytes": 0, "entries": 0},
                 ),
                 ActorStatus(name="btrfs", backend="btrfs", state="unavailable"),
             ),
@@ -319,11 +292,6 @@ def publications() -> Iterator[Vector]:
     )  # fmt: skip
     yield vector("heartbeat-started", Heartbeat(sequence=42, previous=0, time=CREATED), "The first after a start.")
     yield vector("heartbeat-too-many", Heartbeat(sequence=99, previous=42, time=CREATED), "Too many topics to name.")
-
-
-def readable(name: str, type_: str, body: bytes, same_as: str, note: str) -> Vector:
-    """Bytes that a reader must take although no writer here writes them; they mean what `same_as` means."""
-    return {"name": name, "type": type_, "note": note, "same_as": same_as, "hex": body.hex(), "json": view_of(body)}
 
 
 def tolerated() -> Iterator[Vector]:
@@ -640,6 +608,12 @@ def published() -> Iterator[Vector]:
     )
 
 
+def varied() -> Iterator[Vector]:
+    """Messages of every type as other writers may write them."""
+    makers = (requests, replies, answers, publications, *edges.MESSAGES)
+    yield from edges.variations({made["name"]: made for maker in makers for made in maker()})
+
+
 def content() -> str:
     """The whole file, one vector a line."""
     head = {
@@ -648,9 +622,9 @@ def content() -> str:
         "event_version": EVENT_VERSION.hex(),
     }
     sections = {
-        "messages": (requests, replies, answers, publications),
-        "tolerated": (tolerated,),
-        "malformed": (malformed,),
+        "messages": (requests, replies, answers, publications, *edges.MESSAGES),
+        "tolerated": (tolerated, *edges.ENCODINGS, varied),
+        "malformed": (malformed, *edges.MALFORMED),
         "refused": (refused,),
         "exchanges": (exchanges,),
     }

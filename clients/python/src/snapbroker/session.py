@@ -616,8 +616,8 @@ class Exchange(Pursuit):
         return True
 
     def _receive_refusal(self, error: BrokerError) -> bool:
-        """The request was refused as a whole, or the snapshotter died: only its message tells which."""
-        self.doubt = self.doubt or (error.code == Unavailable.code and "unknown" in error.message)
+        """The request was refused as a whole; or the snapshotter died, which is told by a detail (RFC 1, 6.4)."""
+        self.doubt = self.doubt or bool(error.details.get("in_doubt"))
         if self.patient and error.code == Unavailable.code:
             self.failure = error
         else:
