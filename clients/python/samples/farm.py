@@ -64,7 +64,7 @@ def _positive(text: str) -> int:
 
 
 class Farm:
-    """One run of the farm; `took`: the milliseconds of each step of each workspace, `made`: the names that are there."""
+    """One run of the farm; `took`: the milliseconds of each step, `made`: the names that are there."""
 
     def __init__(self, broker: snapbroker.Broker, options: argparse.Namespace) -> None:
         self.broker = broker

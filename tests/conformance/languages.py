@@ -1,0 +1,71 @@
+"""The clients that take part: how each is built, and what its programs are called.
+
+Another one is one more entry of `LANGUAGES`. Nothing is skipped: a command that is not there fails the tests, and so
+does a build.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+CLIENTS: Final = ROOT / "clients"
+BUILD_S: Final = 600
+"""How long a build may take on a busy machine, with nothing downloaded yet."""
+
+Command = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Language:
+    """One client. `build`: commands run in `folder`, the first time and whenever something changed."""
+
+    name: str
+    folder: Path
+    driver: Command
+    recorder: Command
+    bench: Command
+    samples: Mapping[str, Command] = field(default_factory=dict)
+    build: tuple[Command, ...] = ()
+
+    def make(self) -> None:
+        """Build the programs; AssertionError with what the build said where that fails. Waits for another's build."""
+        if not self.build:
+            return
+        with (self.folder / ".build.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for command in self.build:
+                try:
+                    done = subprocess.run(
+                        command, cwd=self.folder, capture_output=True, text=True, timeout=BUILD_S, check=False
+                    )
+                except FileNotFoundError:
+                    raise AssertionError(
+                        f"{command[0]} is not there: `.ci/setup dev` installs what tests need"
+                    ) from None
+                assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
+
+
+def _python(name: str, suffix: str, samples: tuple[str, ...]) -> Language:
+    folder = CLIENTS / "python"
+    programs = folder / "conformance"
+    return Language(
+        name=name,
+        folder=folder,
+        driver=(sys.executable, str(programs / f"driver{suffix}.py")),
+        recorder=(sys.executable, str(programs / f"recorder{suffix}.py")),
+        bench=(sys.executable, str(programs / "bench.py"), "asyncio" if suffix else "blocking"),
+        samples={sample: (sys.executable, str(folder / "samples" / f"{sample}.py")) for sample in samples},
+    )
+
+
+LANGUAGES: Final = (
+    _python("python", "", ("watch", "farm", "tail")),
+    _python("python-asyncio", "_aio", ()),
+)
