@@ -35,6 +35,8 @@ class Plan:
     removal_files: int = 100_000
     subscribers: tuple[int, ...] = (1, 10, 100)
     fanout_events: int = 2000
+    client_events: int = 20_000
+    """Events that lie there for each client's subscriber: fewer than the publisher keeps for one."""
     worked: int = 2000
     """Snapshots prepared and removed before the memory is looked at again."""
     filesystem: str = "ext4"
@@ -61,5 +63,6 @@ QUICK = Plan(
     removal_files=10_000,
     subscribers=(1, 10),
     fanout_events=500,
+    client_events=5000,
     worked=200,
 )

@@ -114,6 +114,13 @@ class Running:
         }  # fmt: skip
         return [sys.executable, "-m", "benchmarks.callers.ours", *services.flags({**named, **options})]
 
+    def place(self) -> dict[str, str]:
+        """Where clients find it, as the options of their `bench`."""
+        return {
+            "endpoint": self.endpoint, "events-endpoint": self._events, "snapshotter": self._backend,
+            "namespace": NAMESPACE,
+        }  # fmt: skip
+
     def blocking_command(self, key: str, seconds: float) -> list[str]:
         return [
             sys.executable, "-m", "benchmarks.callers.ours_blocking", self.endpoint, NAMESPACE, self._backend,

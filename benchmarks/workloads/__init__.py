@@ -8,7 +8,7 @@ from functools import partial
 from benchmarks.bench import Bench
 from benchmarks.figures import Figure
 from benchmarks.plan import BACKENDS, Plan
-from benchmarks.workloads import bridge, calls, copies, daemon, scale
+from benchmarks.workloads import bridge, calls, clients, copies, daemon, scale
 
 Workload = Callable[[Bench], Iterator[Figure]]
 
@@ -24,6 +24,7 @@ def workloads(plan: Plan) -> dict[str, Workload]:
     named["bridge.verbs"] = bridge.verbs
     named["bridge.unpack"] = bridge.unpack
     named["fanout"] = daemon.fanout
+    named["clients"] = clients.clients
     named["chains"] = scale.chains
     for filesystem in ("ext4", "btrfs"):
         named[f"copy.{filesystem}"] = partial(copies.copy, filesystem=filesystem)

@@ -11,12 +11,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final, Self
+from typing import Any, Final, Generic, Self, TypeVar
 
 from tests.conformance.languages import Language
 from tests.harness import SCRATCH
 
 Line = dict[str, Any]
+L = TypeVar("L")
 
 ANSWER_S: Final = 100.0
 """How long a step may take on a busy machine, a restart of the broker included."""
@@ -24,12 +25,15 @@ END_S: Final = 10.0
 """How long a program may take to end."""
 
 
-class Program:
-    """A process that writes JSON lines; its stderr is told when something is wrong with it."""
+class Program(Generic[L]):
+    """A process that writes lines, read by `parse`; its stderr is told when something is wrong with it."""
 
-    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], parse: Callable[[bytes], L]
+    ) -> None:
         self.name = name
-        self.lines: list[Line] = []
+        self.lines: list[L] = []
+        self._parse = parse
         self.ended = False
         self._changed = threading.Condition()
         self._complaints = tempfile.TemporaryFile(dir=SCRATCH)  # noqa: SIM115 - open as long as the program
@@ -47,7 +51,7 @@ class Program:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            read = json.loads(line)
+            read = self._parse(line)
             with self._changed:
                 self.lines.append(read)
                 self._changed.notify_all()
@@ -55,14 +59,7 @@ class Program:
             self.ended = True
             self._changed.notify_all()
 
-    def write(self, line: Line) -> None:
-        """Send a line; a program that is not there any more is found by its missing answer."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(line).encode() + b"\n")
-            self.process.stdin.flush()
-
-    def wait_for(self, condition: Callable[[list[Line]], Any], what: str, within: float = ANSWER_S) -> Any:
+    def wait_for(self, condition: Callable[[list[L]], Any], what: str, within: float = ANSWER_S) -> Any:
         """Wait until the lines are as wanted; answers what the condition did."""
         give_up = time.monotonic() + within
         with self._changed:
@@ -76,7 +73,8 @@ class Program:
     def finish(self) -> None:
         """Wait for its end, which must be a good one."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         try:
             status = self.process.wait(ANSWER_S)
         except subprocess.TimeoutExpired:
@@ -84,9 +82,18 @@ class Program:
         assert status == 0, f"{self.name} ended with {status}; {self.told()}"
         self._reader.join(END_S)
 
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Hold it up for the length of the block."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
     def told(self) -> str:
         """Its last line and what it said on stderr."""
-        last = json.dumps(self.lines[-1])[:2000] if self.lines else "nothing"
+        last = str(self.lines[-1])[:2000] if self.lines else "nothing"
         self._complaints.seek(0)
         return f"its last line: {last}; its stderr: {self._complaints.read().decode(errors='replace')[-8000:]}"
 
@@ -105,11 +112,11 @@ class Program:
                     stream.close()
 
 
-class Driver(Program):
+class Driver(Program[Line]):
     """A client that does step by step what it is told, in a namespace of its own."""
 
     def __init__(self, language: Language, environment: Mapping[str, str]) -> None:
-        super().__init__(f"{language.name}'s driver", language.driver, environment)
+        super().__init__(f"{language.name}'s driver", language.driver, environment, json.loads)
         self.language = language.name
         self.namespace = environment["SNAPBROKER_NAMESPACE"]
         self.steps = 0
@@ -120,9 +127,12 @@ class Driver(Program):
         assert ready[0].keys() == {"ready"}, ready
 
     def tell(self, step: Line) -> None:
-        """Send a step."""
+        """Send a step; a program that is not there any more is found by its missing answer."""
+        assert self.process.stdin is not None
         self.steps += 1
-        self.write({"id": self.steps, **step})
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps({"id": self.steps, **step}).encode() + b"\n")
+            self.process.stdin.flush()
 
     def answer(self) -> Line:
         """What came of the step before."""
@@ -132,26 +142,17 @@ class Driver(Program):
         return {key: value for key, value in found.items() if key != "id"}
 
 
-class Recorder(Program):
+class Recorder(Program[Line]):
     """A client that writes down what it hears of some namespaces."""
 
     def __init__(self, language: Language, environment: Mapping[str, str], namespaces: Sequence[str]) -> None:
-        super().__init__(f"{language.name}'s recorder", (*language.recorder, *namespaces), environment)
+        super().__init__(f"{language.name}'s recorder", (*language.recorder, *namespaces), environment, json.loads)
         self.language = language.name
         self.namespaces = tuple(namespaces)
 
     def wait_ready(self) -> None:
         """Wait until it has all first states and all subscriptions."""
         self.wait_for(lambda lines: {"ready": True} in lines, "sign of being ready")
-
-    @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Hold it up for the length of the block."""
-        self.process.send_signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            self.process.send_signal(signal.SIGCONT)
 
     def transcript(self, namespace: str) -> list[Line]:
         """What it wrote of one namespace."""

@@ -147,7 +147,7 @@ def rates(callers: list[tuple[int, float]], begun: float) -> dict[str, Any]:
 
 def events(options: argparse.Namespace) -> dict[str, Any]:
     """A blocking subscriber."""
-    with snapbroker.connect(**settings(options)) as broker, broker.events() as stream:
+    with snapbroker.connect(**settings(options)) as broker, broker.events(silence=IDLE_SECONDS) as stream:
         values.write({"ready": True})
         event = stream.poll(IDLE_SECONDS)
         begun = time.perf_counter()
@@ -162,7 +162,7 @@ def events(options: argparse.Namespace) -> dict[str, Any]:
 
 async def events_of_task(options: argparse.Namespace) -> dict[str, Any]:
     """A subscriber in a task."""
-    async with aio.connect(**settings(options)) as broker, broker.events() as stream:
+    async with aio.connect(**settings(options)) as broker, broker.events(silence=IDLE_SECONDS) as stream:
         values.write({"ready": True})
         event = await stream.poll(IDLE_SECONDS)
         begun = time.perf_counter()

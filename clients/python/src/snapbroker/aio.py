@@ -687,7 +687,8 @@ class Events:
         left = self._heard + tracker.silence - time.monotonic()
         with anyio.move_on_after(max(0.0, left)) as scope, suppress(anyio.ClosedResourceError):
             await anyio.wait_readable(sockets.descriptor(socket))
-        if scope.cancelled_caught:
+        # A process that was held up finds that the time is over, and what came meanwhile.
+        if scope.cancelled_caught and not socket.closed and not sockets.readable(socket):
             self._heard = time.monotonic()
             tracker.doubt()
         return None
