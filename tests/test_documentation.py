@@ -23,7 +23,20 @@ ROOT: Final = Path(__file__).parent.parent
 BIN: Final = Path(sys.executable).parent
 PAGES: Final = ("README.md", "docs/guide.md", "docs/operations.md")
 """The pages whose examples are run."""
-DOCUMENTS: Final = (*PAGES, "CHANGELOG.md", "docs/ARCHITECTURE.md", "docs/command.md", "docs/containerd.md")
+DOCUMENTS: Final = (
+    *PAGES,
+    "CHANGELOG.md",
+    "clients/README.md",
+    "clients/python/README.md",
+    "clients/vectors/README.md",
+    "docs/ARCHITECTURE.md",
+    "docs/command.md",
+    "docs/containerd.md",
+    "docs/rfc/README.md",
+    "docs/rfc/1-request.md",
+    "docs/rfc/2-events.md",
+    "tests/conformance/README.md",
+)
 FIGURES: Final = {"map_bytes", "used_bytes", "retry_after_ms"}
 """What looks like a setting and is told by the status, or with an error."""
 SESSION_S: Final = 100
