@@ -66,8 +66,8 @@ def play(stage: Stage, recorders: Sequence[Recorder]) -> None:
     """The scenario, with the recorders stopped before its last chapter and continued after it."""
     scenario.verbs(stage)
     scenario.names(stage)
-    scenario.batches(stage)
     scenario.events(stage)
+    scenario.batches(stage)
     scenario.together(stage)
     scenario.walks(stage)
     scenario.deadlines(stage)
