@@ -130,6 +130,12 @@ class Stage:
         assert [relay.cuts for relay in self.relays] == [cuts + 1 for cuts in before], "no reply was lost"
         return outcome
 
+    def ok_though_lost(self, step: Told) -> Any:
+        """The answer of a step that must succeed though its reply is lost."""
+        outcome = self.lose_reply(step)
+        assert "ok" in outcome, f"{_short(step)}: {_short(outcome)}"
+        return outcome["ok"]
+
     def kill_in_the_midst(self, step: Told, sizes: Sequence[int]) -> Any:
         """Have every driver do a long step, and kill the broker under it, each time after so many bytes of replies."""
         for relay in self.relays:
