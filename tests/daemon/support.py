@@ -150,7 +150,7 @@ class Worker(threading.Thread):
 
 def is_doubtful(error: BrokerError) -> bool:
     """Whether the error says that the call may have taken effect all the same."""
-    return "unknown" in error.message
+    return error.in_doubt or bool(error.details.get("in_doubt"))
 
 
 def id_of(mounts: Iterable[Mount]) -> int:
