@@ -234,6 +234,79 @@ class Copying(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A path of the store's own, and the mode it must have; None: it is the users' to choose."""
+
+    path: str
+    mode: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Something that lies where snapshots lie; `id` is 0 for what is not named like one."""
+
+    id: int
+    place: Place
+
+
+class Inspector(Protocol):
+    """A look at a root that changes nothing; it needs no open backend. OSError where it cannot look."""
+
+    deep: bool
+    """Whether a snapshot needs the files of all its parents, and not of the immediate one at most."""
+
+    def places(self) -> Iterator[Place]:
+        """The directories of the store's own that every root has."""
+        ...
+
+    def entries(self) -> Iterator[Entry]:
+        """Everything that lies where snapshots lie, in any order."""
+        ...
+
+    def flaw(self, snapshot: Snapshot) -> str:
+        """What of the files that the record promises is missing, as a sentence; empty where nothing is."""
+        ...
+
+    def path(self, id: int) -> str:
+        """Where the files of an id are."""
+        ...
+
+    def unused(self, id: int) -> bool:
+        """Whether the directory of an id holds nothing but what is made ahead of time, and nobody wrote into it."""
+        ...
+
+    def owner(self, path: str) -> int | None:
+        """Whose files a path is among: an id, 0 for something discarded, None for none of ours."""
+        ...
+
+    def size(self, path: str, task: Task) -> Usage:
+        """What lies below a path."""
+        ...
+
+    def discarded(self) -> Iterator[str]:
+        """The paths of what is discarded and not yet deleted."""
+        ...
+
+    def highest(self) -> int:
+        """The highest id that anything in the root is named after."""
+        ...
+
+
+@runtime_checkable
+class Inspected(Protocol):
+    """A backend whose root can be looked at, for an audit."""
+
+    @classmethod
+    def inspect(cls, root: Path) -> Inspector:
+        """The look at a root that nobody needs to have open."""
+        ...
+
+    def inspector(self) -> Inspector:
+        """The look at what this backend has."""
+        ...
+
+
 BackendType = type[Backend]
 """What the entry points of group `snapbroker.backends` name."""
 

@@ -46,6 +46,7 @@ from backends import btrfs_ioctl, files
 from backends.api import Options, Support, Task
 from backends.btrfs_sweeper import Sweeper
 from backends.failpoints import reach
+from backends.inspecting import ShelfInspector
 from backends.syscalls import rename_noreplace
 from snapbroker.contract import Kind, Mount, Usage
 from snapbroker.errors import FailedPrecondition
@@ -53,7 +54,7 @@ from snapbroker.errors import FailedPrecondition
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from backends.api import Snapshot
+    from backends.api import Inspector, Snapshot
 
 EMPTY: Final = "empty"
 SETTLED: Final = "settled"
@@ -264,6 +265,15 @@ class Btrfs:
         except FileNotFoundError:
             return False
 
+    @classmethod
+    def inspect(cls, root: Path) -> Inspector:
+        """A look at a root that changes nothing."""
+        return ShelfInspector(root, _parts, private=True, subvolumes=True, also=(SETTLED,))
+
+    def inspector(self) -> Inspector:
+        """The same of this root."""
+        return self.inspect(self.root)
+
     def labels(self, snapshot: Snapshot) -> Mapping[str, str]:
         """None."""
         return {}
@@ -422,3 +432,10 @@ def _opened(path: str, dir_fd: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def _parts(snapshot: Snapshot) -> list[str]:
+    """The subvolume that counts."""
+    if _borrows(snapshot):
+        return [f"{snapshot.parents[0]}/{COMMITTED}"]
+    return [f"{snapshot.id}/{COMMITTED if snapshot.kind is Kind.COMMITTED else ACTIVE}"]

@@ -628,7 +628,7 @@ class Shelf:
         """Every id with a directory; whatever is not named like an id is a stranger and left alone."""
         with _opened(self.snapshots_fd) as fd, os.scandir(fd) as entries:
             for entry in entries:
-                if _is_id(entry.name) and entry.is_dir(follow_symlinks=False):
+                if is_id(entry.name) and entry.is_dir(follow_symlinks=False):
                     yield int(entry.name)
 
     def discard(self, id: int) -> str | None:
@@ -689,7 +689,8 @@ def _opened(dir_fd: int) -> Iterator[int]:
         os.close(fd)
 
 
-def _is_id(name: str) -> bool:
+def is_id(name: str) -> bool:
+    """Whether a name in `snapshots/` is that of an id."""
     return name.isascii() and name.isdecimal() and not name.startswith("0") and len(name) <= ID_DIGITS_MAX
 
 

@@ -10,12 +10,15 @@ import threading
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from backends.api import REBASE, Options, Snapshot, Support, Task
+from backends.inspecting import NothingInspector
 from snapbroker.contract import Kind, Mount, Usage
 from snapbroker.errors import AlreadyExists
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from backends.api import Inspector
 
 
 class MemoryOptions(Options, frozen=True, kw_only=True):
@@ -122,6 +125,15 @@ class Memory:
     def whole(self, snapshot: Snapshot) -> bool:
         """Always: where nothing is kept, nothing can be missing after a restart."""
         return True
+
+    @classmethod
+    def inspect(cls, root: Path) -> Inspector:
+        """A look at a root that changes nothing."""
+        return NothingInspector()
+
+    def inspector(self) -> Inspector:
+        """The same of this root."""
+        return NothingInspector(self.ids())
 
     def labels(self, snapshot: Snapshot) -> Mapping[str, str]:
         """None."""

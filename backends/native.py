@@ -32,6 +32,7 @@ from backends.api import Options, Support, Task
 from backends.copying import copy_tree
 from backends.entries import Reflink
 from backends.failpoints import reach
+from backends.inspecting import ShelfInspector
 from backends.patterns import Patterns
 from backends.syscalls import clone_file
 from snapbroker.contract import Kind, Mount, Usage
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from backends.api import Snapshot
+    from backends.api import Inspector, Snapshot
 
 COPY_THREADS_MAX: Final = 64
 """Most threads one copy may have: beyond the number of processors they only wait for each other."""
@@ -226,6 +227,15 @@ class Native:
         except FileNotFoundError:
             return False
 
+    @classmethod
+    def inspect(cls, root: Path) -> Inspector:
+        """A look at a root that changes nothing."""
+        return ShelfInspector(root, _parts, private=False)
+
+    def inspector(self) -> Inspector:
+        """The same of this root."""
+        return self.inspect(self.root)
+
     def labels(self, snapshot: Snapshot) -> Mapping[str, str]:
         """None."""
         return {}
@@ -255,3 +265,8 @@ def _can_clone(directory: str) -> bool:
                 raise
             return False
     return True
+
+
+def _parts(snapshot: Snapshot) -> list[str]:
+    """The directory that is mounted."""
+    return [str(snapshot.parents[0] if _borrows(snapshot) else snapshot.id)]

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Self
 from backends.api import ONLY_REMAP_IDS, REBASE, REMAP_IDS, Glance, Options, Snapshot, Support, Task, TooMany
 from backends.failpoints import reach
 from backends.files import DirectorySync, FilesystemSync, Shelf, SyncStatistics, remove_tree, usage
+from backends.inspecting import ShelfInspector
 from backends.overlayfs_probe import Features, examine
 from snapbroker.contract import GIDMAPPING_LABEL, UIDMAPPING_LABEL, UPPERDIR_LABEL, Kind, Mount, Usage
 from snapbroker.errors import FailedPrecondition, InvalidArgument
@@ -33,6 +34,8 @@ from snapbroker.errors import FailedPrecondition, InvalidArgument
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from backends.api import Inspector
 
 LAYERS_MAX: Final = 500
 """Most lower layers of one mount: the kernel's limit ("too many lower directories, limit is 500")."""
@@ -207,6 +210,15 @@ class Overlayfs:
         own = all(self._is_directory(f"{snapshot.id}/{name}") for name in names)
         return own and all(self._is_directory(f"{parent}/fs") for parent in snapshot.parents)
 
+    @classmethod
+    def inspect(cls, root: Path) -> Inspector:
+        """A look at a root that changes nothing."""
+        return ShelfInspector(root, _parts, private=True, deep=True)
+
+    def inspector(self) -> Inspector:
+        """The same of this root."""
+        return self.inspect(self.root)
+
     def labels(self, snapshot: Snapshot) -> Mapping[str, str]:
         """The path of the snapshot's own directory, where configured (C115)."""
         return {UPPERDIR_LABEL: f"{self._prefix}{snapshot.id}/fs"} if self.options.upperdir_label else {}
@@ -363,3 +375,9 @@ def _root_complaint(root: Path) -> str | None:
     if not _FORBIDDEN_IN_ROOT.isdisjoint(str(root)):
         return f"{root}: the root's path must not contain ':', ',', '\\' or a line break"
     return None
+
+
+def _parts(snapshot: Snapshot) -> list[str]:
+    """The directories that are mounted: its own, and those of all layers below."""
+    own = ["fs", "work"] if snapshot.kind is Kind.ACTIVE else ["fs"]
+    return [*(f"{snapshot.id}/{name}" for name in own), *(f"{parent}/fs" for parent in snapshot.parents)]

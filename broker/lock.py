@@ -14,7 +14,7 @@ LOCK_WAIT_S = 5.0
 _POLL_S = 0.02
 
 
-def lock_directory(directory: Path, option: str, mode: int = 0o700) -> int:
+def lock_directory(directory: Path, option: str, mode: int = 0o700, wait_s: float = LOCK_WAIT_S) -> int:
     """Lock `directory`, made where it is missing, as long as the descriptor returned is open.
 
     FailedPrecondition names the directory and the command line's `option` when another process has it.
@@ -24,7 +24,7 @@ def lock_directory(directory: Path, option: str, mode: int = 0o700) -> int:
         descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise FailedPrecondition(f"{directory} cannot be used: {error.strerror}: choose another {option}") from None
-    patience = time.monotonic() + LOCK_WAIT_S
+    patience = time.monotonic() + wait_s
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""`snapbrokerd`: serve, say what this machine supports, or check a configuration."""
+"""`snapbrokerd`: serve, say what this machine supports, check a configuration, or look after a root."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import structlog
 from backends import failpoints
 from broker import config as configuration
 from broker import logs
+from broker.commands import audit
 from broker.server import Finding, Server, examine, version
 from snapbroker.errors import BrokerError
 
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     doctor = verbs.add_parser("doctor", help="say what this machine supports, and why not")
     add_places(doctor)
     doctor.add_argument("--json", action="store_true", help="one JSON document")
+    add_places(audit.add(verbs))
     check = verbs.add_parser("check-config", help="check a configuration file and exit")
     check.add_argument("file", type=Path, metavar="FILE")
     return top
@@ -71,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = settings(options)
         if options.verb == "doctor":
             return doctor(config, as_json=options.json)
+        if options.verb == "audit":
+            return audit.run(config, options)
         return serve(config)
     except BrokerError as error:
         print(f"snapbrokerd: {error.message}", file=sys.stderr)

@@ -13,6 +13,7 @@ client would send and for the outcomes of a batch side by side.
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -26,9 +27,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
+import msgspec
 import psutil
 import zmq
 
+from broker.main import main as snapbrokerd
 from snapbroker import blocking
 from snapbroker.contract import Info, Mount, Usage
 from snapbroker.errors import BrokerError
@@ -466,6 +469,35 @@ def _write_table(table: Mapping[str, Any], where: str, lines: list[str]) -> None
         if isinstance(value, Mapping):
             lines.append(f"[{where}{key}]")
             _write_table(value, f"{where}{key}.", lines)
+
+
+def audit_clean(daemon: Daemon) -> None:
+    """No audit of the daemon finds more than notes: asked over the wire while it runs, else by looking at its root.
+
+    The broken snapshots that a test made are findings too: remove them first.
+    """
+    for name in daemon.snapshotters:
+        wrong = [each for each in findings(daemon, name) if each["severity"] != "note"]
+        assert not wrong, f"{name}: {wrong[:5]}\n{daemon.log()}"
+
+
+def findings(daemon: Daemon, snapshotter: str, *options: str) -> list[dict[str, Any]]:
+    """What an audit of one snapshotter finds; `options`: --repair, --yes, as for the commands."""
+    if daemon.process is not None:
+        with daemon.client(snapshotter) as client:
+            asked = client.repair("--yes" in options) if "--repair" in options else client.audit()
+            return [msgspec.structs.asdict(finding) for finding in asked]
+    printed = io.BytesIO()
+    with contextlib.redirect_stdout(io.TextIOWrapper(printed, write_through=True)) as text:
+        status = snapbrokerd(["audit", "--config", str(daemon.config_file), "--json", *options, snapshotter])
+        text.detach()
+    *told, summary = [json.loads(line) for line in printed.getvalue().splitlines()]
+    left = [each["severity"] for each in told if not each["mended"]]
+    assert {severity: left.count(severity) for severity in ("error", "warning", "note")}.items() <= summary[
+        "summary"
+    ].items()
+    assert status == (20 if "error" in left or "warning" in left else 0)
+    return told
 
 
 def btrfs_filesystem(size_bytes: int = 2 << 30) -> contextlib.AbstractContextManager[Path]:

@@ -17,6 +17,7 @@ import structlog
 from backends import registry
 from backends.api import Copying, Pooled
 from broker.lock import lock_directory
+from broker.snapshotter.audits import Audits, OnlineAccess
 from broker.snapshotter.crew import Crew
 from broker.snapshotter.hands import IDLE_S, Hand, Place
 from broker.snapshotter.ids import Ids
@@ -30,7 +31,7 @@ from broker.snapshotter.space import Ballast, Space
 from broker.snapshotter.trash import Trash
 from broker.snapshotter.verbs import Verbs
 from broker.snapshotter.writer import Writer
-from broker.store import Environment, Journal, Outcomes, Snapshots
+from broker.store import Environment, Inspection, Journal, Outcomes, Snapshots
 from snapbroker.protocol import ActorStatus, encode
 
 log = structlog.get_logger()
@@ -109,8 +110,21 @@ class SnapshotterActor:
         )
         # The loop's thread reads with a Snapshots of its own: its cache of chains is not shared with the writer.
         self._reader = Reader(self._environment, Snapshots(self._environment), self._journal, self.backend)
-        self._recovery = Recovery(self.backend, snapshots, self._writer, self._trash, ids.boundary)
-        verbs.touched = self._recovery.see
+        with self._environment.read() as txn:
+            kept = Inspection(self._environment).kept(txn)
+        self._recovery = Recovery(self.backend, snapshots, self._writer, self._trash, ids.boundary, kept)
+        self._access = OnlineAccess(
+            setup.name,
+            root,
+            Path(setup.metadata),
+            self._environment,
+            self.backend,
+            self._writer,
+            self._pool,
+            self._trash,
+            self._recovery,
+        )
+        verbs.touched = self._touched
         self.service: Service | None = None
 
     async def run(self, ready: Callable[[], None]) -> None:
@@ -118,6 +132,14 @@ class SnapshotterActor:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         async with anyio.create_task_group() as tasks:
             async with anyio.create_task_group() as streams:
+                limits = self._setup.limits.service
+                audits = Audits(
+                    self._access,
+                    self._writer,
+                    lambda _key: None,
+                    limits.progress_interval_ms / 1000,
+                    limits.audits_max,
+                )
                 self.service = service = Service(
                     self._setup.name,
                     self._send,
@@ -126,8 +148,9 @@ class SnapshotterActor:
                     self._trash,
                     streams,
                     self.backend.sync_remove,
-                    self._setup.limits.service,
+                    limits,
                     self._publish,
+                    audits,
                 )
                 self._deliver = thread_safe(service.deliver)
                 tasks.start_soon(anyio.to_thread.run_sync, vital, self._writer.run)
@@ -139,6 +162,7 @@ class SnapshotterActor:
                 ready()
                 await self._stop.wait()
                 self._recovery.stop()
+                self._access.stop()
                 await service.stop()
                 streams.cancel_scope.cancel()
             self._writer.stop()
@@ -156,6 +180,11 @@ class SnapshotterActor:
         self.backend.close()
         self._environment.close()
         os.close(self._lock)
+
+    def _touched(self, id_: int) -> None:
+        """A commit has touched an id: who looks at disk and records beside the writer must not judge it."""
+        self._recovery.see(id_)
+        self._access.see(id_)
 
     def stop(self) -> None:
         """Finish what was accepted, then end `run`."""

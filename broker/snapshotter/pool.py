@@ -71,6 +71,7 @@ class Pool:
         self._limits = limits
         self._lock = threading.Lock()
         self._ready: deque[int] = deque()
+        self._making: tuple[int, ...] = ()
         self._parked: deque[Waiter] = deque()
         self._ended = False
         self._aim = limits.pool_min
@@ -114,6 +115,7 @@ class Pool:
             ids: list[int] = []
             try:
                 ids = self._ids.take_many(min(missing, BATCH))
+                self._making = tuple(ids)
                 reach("pool.taken")
                 self._stocker.stock(ids, self._task)
                 reach("pool.stocked")
@@ -139,9 +141,16 @@ class Pool:
         with self._lock:
             self._ready.extend(ids)
             served = [(self._parked.popleft(), self._ready.popleft()) for _ in range(min(len(self._parked), len(ids)))]
+            self._making = tuple(id_ for _, id_ in served)
         self._taken += len(served)
         for waiter, id_ in served:
             waiter(id_)
+        self._making = ()
+
+    def in_hand(self) -> set[int]:
+        """The ids that are ready, being made, or on their way to a call."""
+        with self._lock:
+            return {*self._ready, *self._making}
 
     def _put_aside(self, ids: list[int]) -> None:
         """Discard what a process that was ended in the middle has made; ids are not used again."""
@@ -152,6 +161,7 @@ class Pool:
             except Exception as error:
                 # Without a record it is found as a left-over at the next start.
                 log.warning("left over after a failed stocking", id=id_, error=str(error))
+        self._making = ()
 
     def _failed(self, error: BrokerError) -> None:
         """Tell who waits, and try again a little later."""

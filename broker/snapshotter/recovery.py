@@ -10,8 +10,7 @@ left-over.
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -19,6 +18,7 @@ import structlog
 from backends.failpoints import reach
 from broker.snapshotter.verbs import snapshot_of
 from broker.snapshotter.writer import Errand
+from broker.store.idset import IdSet
 from broker.store.records import BROKEN, Record
 from snapbroker.errors import BrokerError, NotFound
 
@@ -38,30 +38,25 @@ RETRY_S: Final = 1.0
 """Pause before something that failed is tried again."""
 
 
-class IdSet:
-    """A set of dense ids: one bit each, in chunks of 65,536."""
-
-    def __init__(self) -> None:
-        self._chunks: defaultdict[int, bytearray] = defaultdict(lambda: bytearray(8192))
-
-    def add(self, id_: int) -> None:
-        """Put an id in."""
-        self._chunks[id_ >> 16][(id_ & 0xFFFF) >> 3] |= 1 << (id_ & 7)
-
-    def __contains__(self, id_: int) -> bool:
-        chunk = self._chunks.get(id_ >> 16)
-        return chunk is not None and bool(chunk[(id_ & 0xFFFF) >> 3] & 1 << (id_ & 7))
-
-
 class Recovery:
     """One pass over records and disk; `begin` queues it, `done` is called from a thread at its end."""
 
-    def __init__(self, backend: Backend, snapshots: Snapshots, writer: Writer, trash: Trash, boundary: int) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        snapshots: Snapshots,
+        writer: Writer,
+        trash: Trash,
+        boundary: int,
+        kept: Container[int] = frozenset(),
+    ) -> None:
+        """`kept`: ids without a record that are left alone all the same."""
         self._backend = backend
         self._snapshots = snapshots
         self._writer = writer
         self._trash = trash
         self._boundary = boundary
+        self._kept = kept
         self._seen = IdSet()
         self._stopped = False
         self.checked = 0
@@ -156,7 +151,7 @@ class Recovery:
             for id_ in () if self.damaged else self._backend.ids():
                 if self._stopped:
                     return
-                if id_ < self._boundary and id_ not in self._seen:
+                if id_ < self._boundary and id_ not in self._seen and id_ not in self._kept:
                     self.leftovers += 1
                     self._trash.discard(id_, None)
                     reach("recovery.discarded")

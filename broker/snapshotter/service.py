@@ -40,6 +40,7 @@ from snapbroker.protocol import (
     DONE,
     FILTERS_MAX,
     MORE,
+    Audit,
     Cancel,
     Cleanup,
     Commit,
@@ -49,6 +50,7 @@ from snapbroker.protocol import (
     Prepare,
     Progress,
     Remove,
+    Repair,
     Reply,
     Request,
     Stat,
@@ -56,12 +58,14 @@ from snapbroker.protocol import (
     UsageOf,
     View,
     Walk,
+    Why,
     decode_request,
     encode,
     fault,
 )
 
 if TYPE_CHECKING:
+    from broker.snapshotter.audits import Audits
     from broker.snapshotter.reader import Reader
     from broker.snapshotter.trash import Trash
     from broker.snapshotter.writer import Writer
@@ -77,6 +81,8 @@ _MILLISECOND: Final = 1_000_000
 class ServiceLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Limits of an actor's front."""
 
+    audits_max: int = 2
+    """Most audits, repairs and whys at work at a time: each reads all there is."""
     streams_max: int = 256
     """Most walks, event streams and cleanups open at a time."""
     follow_max_ms: int = 60_000
@@ -195,7 +201,9 @@ class Service:
         sync_remove: bool,
         limits: ServiceLimits,
         publish: Callable[[list[tuple[str, int, bytes]]], None],
+        audits: Audits,
     ) -> None:
+        self._audits = audits
         self._snapshotter = snapshotter
         self.send = send
         self._reader = reader
@@ -263,8 +271,10 @@ class Service:
 
     def _accept_atomic(self, ticket: Ticket, request: Request, deadline: int) -> None:
         for call in request.calls:
-            if isinstance(call, (Walk, Events, Cleanup, Cancel)):
-                raise Unimplemented("walk, events, cleanup and cancel cannot be part of an atomic request")
+            if isinstance(call, (Walk, Events, Cleanup, Cancel, Audit, Repair, Why)):
+                raise Unimplemented(
+                    "walk, events, cleanup, cancel, audit, repair and why cannot be part of an atomic request"
+                )
         operation = Operation(ticket, request.namespace, request.calls, 0, deadline, _token_of(request))
         ticket.operations = [operation]
         self._writer.submit(ticket.operations)
@@ -329,6 +339,10 @@ class Service:
             self._begin_stream(ticket, index, self._events, call, self._reader.events(call, topics), deadline)
         elif isinstance(call, Cleanup):
             self._begin_stream(ticket, index, self._cleanup, namespace)
+        elif isinstance(call, (Audit, Repair)):
+            self._begin_stream(ticket, index, self._audit, call, deadline)
+        elif isinstance(call, Why):
+            self._begin_stream(ticket, index, self._why, call, namespace)
         elif isinstance(call, Cancel):
             self._cancel(ticket, index, call)
         else:
@@ -440,6 +454,18 @@ class Service:
         if isinstance(outcome[0], BrokerError):
             raise outcome[0]
         return outcome[0]
+
+    async def _audit(self, ticket: Ticket, index: int, call: Audit | Repair, deadline: int) -> bytes:
+        return await self._audits.stream(
+            call,
+            deadline,
+            lambda answer: ticket.page(index, answer),
+            lambda task: ticket.progressed(index, task),
+            lambda: self._stopping,
+        )
+
+    async def _why(self, _ticket: Ticket, _index: int, call: Why, namespace: str) -> bytes:
+        return await self._audits.why(call, namespace)
 
     async def _cleanup(self, ticket: Ticket, index: int, namespace: str) -> bytes:
         """Wait until what is put aside by this moment is deleted, then write the event (D7, D13)."""

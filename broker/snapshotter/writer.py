@@ -464,6 +464,15 @@ class Writer:
                 self._after(lambda made=made: self._backend.revert(made.snapshot))  # type: ignore[misc]
         operation.made.clear()
 
+    def in_hand(self) -> tuple[set[int], set[bytes], set[bytes], dict[int, int]]:
+        """What calls under way hold: ids, keys that come, keys that go, and pins by id; for the writer's thread."""
+        ids: set[int] = set()
+        for operation in self._working:
+            ids.update(need.snapshot.id for need in operation.needs)
+            ids.update(made.snapshot.id for made in list(operation.made.values()))
+        holds = self._verbs.holds
+        return ids, set(holds.creates), set(holds.consumes), dict(holds.pins)
+
     def statistics(self) -> dict[str, dict[str, int]]:
         """For `status`."""
         return {

@@ -1,6 +1,8 @@
 """An actor's metadata database: records, children, journal and counters in one LMDB environment."""
 
 from broker.store.environment import Environment, StoreLimits
+from broker.store.idset import IdSet
+from broker.store.inspection import Inspection
 from broker.store.journal import Journal, Retention
 from broker.store.outcomes import OutcomeRetention, Outcomes, Token, digest_of
 from broker.store.records import Record, index_key
@@ -8,6 +10,8 @@ from broker.store.snapshots import Snapshots
 
 __all__ = [
     "Environment",
+    "IdSet",
+    "Inspection",
     "Journal",
     "OutcomeRetention",
     "Outcomes",

@@ -97,6 +97,12 @@ def decode_record(value: bytes | memoryview) -> Record:
     return Record(_KINDS[kind], flags, depth, id_, parent_id, inodes, size, fence, bytes(value[HEADER_BYTES:]))
 
 
+def parents_of(value: bytes) -> tuple[int, int]:
+    """Id and parent's id in a stored value of `HEADER_BYTES` or more, which may be damaged."""
+    header = _HEADER.unpack_from(value, _SUM.size)
+    return int(header[3]), int(header[4])
+
+
 def info_of(value: bytes) -> bytes:
     """The encoded Info in a stored value, the rest only summed up; ValueError or struct.error when it is damaged."""
     (checksum,) = _SUM.unpack_from(value)

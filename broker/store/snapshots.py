@@ -176,18 +176,18 @@ class Snapshots:
         """Index a committed snapshot under its `snapshot.ref` label, if it has one."""
         reference = info.labels.get(SNAPSHOT_REF_LABEL)
         if reference:
-            txn.put(_reference_key(namespace, reference) + _U64.pack(id_), info.name.encode(), db=self._references)
+            txn.put(reference_key(namespace, reference) + _U64.pack(id_), info.name.encode(), db=self._references)
             reach("snapshots.referred")
 
     def unrefer(self, txn: Transaction, namespace: str, info: Info, id_: int) -> None:
         """Take it out of the index."""
         reference = info.labels.get(SNAPSHOT_REF_LABEL)
         if reference:
-            txn.delete(_reference_key(namespace, reference) + _U64.pack(id_), db=self._references)
+            txn.delete(reference_key(namespace, reference) + _U64.pack(id_), db=self._references)
 
     def referred(self, txn: Transaction, namespace: str, reference: str) -> list[str]:
         """The names of the committed snapshots that carry the reference."""
-        prefix = _reference_key(namespace, reference)
+        prefix = reference_key(namespace, reference)
         names: list[str] = []
         with txn.cursor(db=self._references) as cursor:
             found = cursor.set_range(prefix)
@@ -292,7 +292,8 @@ def _damaged(key: bytes, error: Exception) -> Internal:
     return Internal(f"the record of {name!r} is damaged: {error}")
 
 
-def _reference_key(namespace: str, reference: str) -> bytes:
+def reference_key(namespace: str, reference: str) -> bytes:
+    """What the index's entries of a reference begin with; an id follows."""
     return namespace.encode() + b"\0" + hashlib.blake2b(reference.encode(), digest_size=_DIGEST).digest()
 
 

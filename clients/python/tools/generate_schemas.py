@@ -52,6 +52,12 @@ LIMITS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
     "Events": {
         "topics": {"maxItems": protocol.FILTERS_MAX}, "since": _SEQUENCE, "page": _PAGE, "credit": _CREDIT,
     },
+    "Audit": {"page": _PAGE, "credit": _CREDIT},
+    "Repair": {"page": _PAGE, "credit": _CREDIT},
+    "Why": {"key": _NAME},
+    "Finding": {"id": _COUNT, "sequence": _SEQUENCE, "inodes": _COUNT, "size": _COUNT},
+    "AuditPage": {"findings": {"maxItems": protocol.PAGE_MAX}, "looked": _COUNT},
+    "WhyAnswer": {"id": _COUNT, "fence": _SEQUENCE, "children_count": _COUNT, "oldest": _SEQUENCE},
     "Info": {"name": _NAME, "parent": _PARENT, "labels": _LABELS},
     "Usage": {"inodes": _COUNT, "size": _COUNT},
     "Event": {"sequence": {**_SEQUENCE, "minimum": 1}, "previous": _SEQUENCE},

@@ -59,6 +59,8 @@ from snapbroker.protocol import (
     REQUEST_ID_BYTES_MAX,
     REQUEST_VERSION,
     ActorStatus,
+    Audit,
+    AuditPage,
     Cancel,
     Cleanup,
     Commit,
@@ -66,13 +68,16 @@ from snapbroker.protocol import (
     Events,
     EventsPage,
     Fault,
+    Finding,
     Heartbeat,
     Mounts,
     MountsAnswer,
+    MountUse,
     Outcome,
     Prepare,
     Progress,
     Remove,
+    Repair,
     Reply,
     Request,
     Stat,
@@ -83,6 +88,8 @@ from snapbroker.protocol import (
     View,
     Walk,
     WalkPage,
+    Why,
+    WhyAnswer,
     encode,
 )
 
@@ -139,6 +146,11 @@ def requests() -> Iterator[Vector]:
         "Topics of any namespace, and wait for more.",
     )
     yield vector("events-since-maximum", one(Events(since=INTEGER_MAX)), "The largest integer a reader must hold.")
+    yield vector("audit", one(Audit()), "Of the whole snapshotter, whatever the namespace.")
+    yield vector("audit-all-fields", one(Audit(after="journal/7", page=100, credit=2)), "Continued behind a page.")
+    yield vector("repair", one(Repair()), "Says what it would do, and changes nothing.")
+    yield vector("repair-execute", one(Repair(execute=True)), "Does it.")
+    yield vector("why", one(Why(key="base")), "What keeps it, or who removed it.")
     yield vector("cancel", one(Cancel(request=b"\x00\x01\xfe\xff")), "A request id is bytes, not text.")
     yield vector("status", Request(calls=(Status(),)), "To the broker itself: an empty target, no namespace.")
     yield vector(
@@ -242,6 +254,37 @@ def answers() -> Iterator[Vector]:
         EventsPage(events=(event(41, 40, "prepare", "job-42", JOB), event(42, 7, "remove", "old")), next=42, newest=50),
         "Two events, more in the journal.",
     )
+    finding = Finding(
+        kind="leftover", severity="warning", message="a directory without a record", advice="repair discards it",
+        id=7, path="/r/7", time=CREATED, inodes=3, size=12288, repair="discard it",
+    )  # fmt: skip
+    yield vector("answer-audit-clean", AuditPage(looked=7), "Nothing was found.")
+    yield vector(
+        "answer-audit",
+        AuditPage(
+            findings=(
+                finding,
+                Finding(kind="journal-gap", severity="error", message="7 is missing", advice="repair", sequence=7),
+                Finding(
+                    kind="damaged-record", severity="error", message="unreadable", advice="repair removes it",
+                    namespace="default", key="job-42", repair="remove it", mended=True,
+                ),
+                Finding(kind="mode", severity="warning", message="0777", advice="chmod", path="/r", failure="EROFS"),
+            ),
+            next="journal/2", looked=1234,
+        ),
+        "Findings of several kinds, one mended and one that could not be; more to come.",
+    )  # fmt: skip
+    yield vector("answer-why-unknown", WhyAnswer(oldest=1), "No such snapshot, and nothing in the journal.")
+    yield vector(
+        "answer-why",
+        WhyAnswer(
+            info=BASE, id=3, fence=17, broken=True, children=("job-42",), children_count=2,
+            holds=("a prepare makes 'x' of it",), mounts=(MountUse(point="/m", type="bind", pid=1, process="init"),),
+            references=("sha256:1",), events=(event(17, 3, "commit", "making", BASE),), oldest=5,
+        ),
+        "All that can keep a snapshot.",
+    )  # fmt: skip
     yield vector(
         "answer-status",
         StatusAnswer(

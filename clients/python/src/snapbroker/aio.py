@@ -44,7 +44,17 @@ from snapbroker.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from snapbroker.protocol import CALLS_MAX, REQUEST_VERSION, Call, EventsPage, StatusAnswer, WalkPage
+from snapbroker.protocol import (
+    CALLS_MAX,
+    REQUEST_VERSION,
+    AuditPage,
+    Call,
+    EventsPage,
+    Finding,
+    StatusAnswer,
+    WalkPage,
+    WhyAnswer,
+)
 from snapbroker.session import BatchCalls, Exchange, OnProgress, Pursuit, Read, Stream
 
 _TURN = 256
@@ -568,6 +578,52 @@ class Walk:
         return _Pages(self._view.connection, stream)
 
 
+class Audit:
+    """The findings of one audit or repair: `async for` it, once. `looked`: how much was looked at, as far as known."""
+
+    def __init__(self, view: _View, timeout: float, execute: bool | None, progress: OnProgress | None) -> None:
+        self._view = view
+        self._timeout = timeout
+        self._execute = execute
+        self._progress = progress
+        self._after = ""
+        self._pages: _Pages[AuditPage] | None = None
+        self._findings: deque[Finding] = deque()
+        self.looked = 0
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Finding:
+        while not self._findings:
+            page = await self._next_page()
+            if page is None:
+                raise StopAsyncIteration
+            self._findings.extend(page.findings)
+        return self._findings.popleft()
+
+    async def _next_page(self) -> AuditPage | None:
+        if self._pages is None:
+            self._pages = await self._ask()
+        page = await self._pages.next()
+        if page is None and self._after:
+            self._pages = await self._ask()
+            page = await self._pages.next()
+        if page is not None:
+            self._after, self.looked = page.next, page.looked
+        return page
+
+    async def _ask(self) -> _Pages[AuditPage]:
+        call = session.audit(self._execute, self._after)
+        lane = await self._view.resolved(self._timeout)
+        return _Pages(self._view.connection, Stream(*lane, call, session.read_audit, self._progress))
+
+    def close(self) -> None:
+        """No more findings are wanted: the audit ends."""
+        if self._pages is not None:
+            self._pages.close()
+
+
 class Events:
     """The events of one snapshotter, each once and in the order of their sequence: `async for` it.
 
@@ -879,6 +935,20 @@ class Broker:
         have told their interval; from then on three intervals.
         """
         return Events(self._view, since, topics, follow, _checked(timeout), session.seconds(silence))
+
+    def audit(self, *, timeout: float = session.AUDIT_SECONDS, progress: OnProgress | None = None) -> Audit:
+        """What is not as it must be with the snapshotter's records, journal and directories, of all namespaces."""
+        return Audit(self._view, session.seconds(timeout), None, progress)
+
+    def repair(
+        self, execute: bool = False, *, timeout: float = session.AUDIT_SECONDS, progress: OnProgress | None = None
+    ) -> Audit:
+        """An audit whose findings are mended as they come; without `execute` they only say what would be done."""
+        return Audit(self._view, session.seconds(timeout), bool(execute), progress)
+
+    async def why(self, key: str, *, timeout: float | None = None) -> WhyAnswer:
+        """What keeps the snapshot `key`, and the last events on this name, also where there is none."""
+        return await self._call(protocol.Why(key=session.text(key)), session.read_why, timeout)
 
     async def status(self, *, timeout: float | None = None) -> StatusAnswer:
         """How the broker and its snapshotters are."""

@@ -31,7 +31,16 @@ from snapbroker.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from snapbroker.protocol import REQUEST_VERSION, Call, EventsPage, StatusAnswer, WalkPage
+from snapbroker.protocol import (
+    REQUEST_VERSION,
+    AuditPage,
+    Call,
+    EventsPage,
+    Finding,
+    StatusAnswer,
+    WalkPage,
+    WhyAnswer,
+)
 from snapbroker.session import Answer, BatchCalls, Exchange, OnProgress, Pursuit, Read, Stream
 
 _SLICE_SECONDS: Final = 0.25
@@ -441,6 +450,67 @@ class Walk:
         self.close()
 
 
+class Audit:
+    """The findings of one audit or repair: iterate it, once. `looked`: how much was looked at, as far as is known."""
+
+    def __init__(
+        self,
+        connection: _Connection,
+        target: bytes,
+        namespace: str,
+        timeout: float,
+        execute: bool | None,
+        progress: OnProgress | None,
+    ) -> None:
+        self._connection = connection
+        self._lane = (target, namespace, timeout)
+        self._execute = execute
+        self._progress = progress
+        self._after = ""
+        self._pages: _Pages[AuditPage] | None = None
+        self._findings: Iterator[Finding] = iter(())
+        self.looked = 0
+
+    def __iter__(self) -> Iterator[Finding]:
+        return self
+
+    def __next__(self) -> Finding:
+        while True:
+            for finding in self._findings:
+                return finding
+            self._findings = iter(self._next_page().findings)
+
+    def _next_page(self) -> AuditPage:
+        if self._pages is None:
+            self._pages = self._ask()
+        try:
+            page = next(self._pages)
+        except StopIteration:
+            if not self._after:
+                raise
+            self._pages = self._ask()
+            page = next(self._pages)
+        self._after, self.looked = page.next, page.looked
+        return page
+
+    def _ask(self) -> _Pages[AuditPage]:
+        call = session.audit(self._execute, self._after)
+        return _Pages(self._connection, Stream(*self._lane, call, session.read_audit, self._progress))
+
+    def close(self) -> None:
+        """No more findings are wanted: the audit ends."""
+        if self._pages is not None:
+            self._pages.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
 class Events:
     """The events of one snapshotter, each once and in the order of their sequence: iterate it.
 
@@ -729,6 +799,22 @@ class Broker:
         """
         within, still = self._seconds(timeout), session.seconds(silence)
         return Events(self._connection, self._named(), self.namespace, since, topics, follow, within, still)
+
+    def audit(self, *, timeout: float = session.AUDIT_SECONDS, progress: OnProgress | None = None) -> Audit:
+        """What is not as it must be with the snapshotter's records, journal and directories, of all namespaces."""
+        within = session.seconds(timeout)
+        return Audit(self._connection, self._named(), self.namespace, within, None, progress)
+
+    def repair(
+        self, execute: bool = False, *, timeout: float = session.AUDIT_SECONDS, progress: OnProgress | None = None
+    ) -> Audit:
+        """An audit whose findings are mended as they come; without `execute` they only say what would be done."""
+        within = session.seconds(timeout)
+        return Audit(self._connection, self._named(), self.namespace, within, bool(execute), progress)
+
+    def why(self, key: str, *, timeout: float | None = None) -> WhyAnswer:
+        """What keeps the snapshot `key`, and the last events on this name, also where there is none."""
+        return self._call(protocol.Why(key=session.text(key)), session.read_why, timeout)
 
     def status(self, *, timeout: float | None = None) -> StatusAnswer:
         """How the broker and its snapshotters are."""

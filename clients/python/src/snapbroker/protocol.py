@@ -145,6 +145,35 @@ class Events(Message, frozen=True, tag_field="verb", tag="events"):
     follow: bool = False
 
 
+class Audit(Message, frozen=True, tag_field="verb", tag="audit"):
+    """Hold records, indexes, journal, directories and mounts against each other: answers up to `credit` `AuditPage`.
+
+    It is of the whole snapshotter, of every namespace. `after` continues behind a page's `next`.
+    """
+
+    after: str = ""
+    page: int = 1000
+    credit: int = 16
+
+
+class Repair(Message, frozen=True, tag_field="verb", tag="repair"):
+    """An audit whose findings are mended where that can be done: answers as `audit`.
+
+    Without `execute` nothing is changed: each finding says in `repair` what would be done.
+    """
+
+    execute: bool = False
+    after: str = ""
+    page: int = 1000
+    credit: int = 16
+
+
+class Why(Message, frozen=True, tag_field="verb", tag="why"):
+    """What keeps a snapshot, or what became of it: answers `WhyAnswer`, also where there is none of this name."""
+
+    key: str
+
+
 class Cancel(Message, frozen=True, tag_field="verb", tag="cancel"):
     """Take back the caller's own request `request`: answers `Empty`; its unfinished calls end `cancelled`.
 
@@ -159,10 +188,13 @@ class Status(Message, frozen=True, tag_field="verb", tag="status"):
     """How the broker and its snapshotters are (target: the broker itself): answers `StatusAnswer`."""
 
 
-Call = Prepare | View | Commit | Remove | Mounts | Stat | Update | UsageOf | Walk | Cleanup | Events | Cancel | Status
+Call = (
+    Prepare | View | Commit | Remove | Mounts | Stat | Update | UsageOf | Walk | Cleanup | Events | Audit | Repair | Why
+    | Cancel | Status
+)  # fmt: skip
 VERBS: Final[tuple[str, ...]] = (
     "prepare", "view", "commit", "remove", "mounts", "stat", "update", "usage", "walk", "cleanup",
-    "events", "cancel", "status",
+    "events", "audit", "repair", "why", "cancel", "status",
 )  # fmt: skip
 
 
@@ -217,6 +249,75 @@ class EventsPage(Message, frozen=True):
     events: tuple[Event, ...] = ()
     next: int = 0
     newest: int = 0
+
+
+class Finding(Message, frozen=True):
+    """Something that is not as it must be, or that somebody should know of.
+
+    `kind` is one of those that docs/rfc/1-request.md lists, `severity` note, warning or error. What it is about is in
+    those of `namespace`, `key`, `id`, `path` and `sequence` that are known. `time`: since when, as far as the disk or
+    the record tells, in nanoseconds since the epoch, 0: unknown. `inodes` and `size`, in bytes: what it takes.
+    `repair` says what a repair does about it, and is absent where it does nothing. In the answer to a repair that
+    executes: `mended`, or `failure`, why it could not be.
+    """
+
+    kind: str
+    severity: str
+    message: str
+    advice: str
+    namespace: str = ""
+    key: str = ""
+    id: int = 0
+    path: str = ""
+    sequence: int = 0
+    time: int = 0
+    inodes: int = 0
+    size: int = 0
+    repair: str = ""
+    mended: bool = False
+    failure: str = ""
+
+
+class AuditPage(Message, frozen=True):
+    """Findings in the order in which they were made; `next` is where to go on, absent at the end.
+
+    `looked`: how many records, directories, index entries, events and mounts were looked at by this request so far.
+    """
+
+    findings: tuple[Finding, ...] = ()
+    next: str = ""
+    looked: int = 0
+
+
+class MountUse(Message, frozen=True):
+    """A mount that uses a snapshot's directory: where, and a process in whose mount namespace it is."""
+
+    point: str
+    type: str
+    pid: int = 0
+    process: str = ""
+
+
+class WhyAnswer(Message, frozen=True):
+    """What keeps a snapshot, and the last that the journal says of its name.
+
+    `info` is absent where there is no such snapshot; `broken`: its files are missing. `children`: the first of those
+    that lie on it, `children_count` all of them. `holds`: calls under way that need it. `mounts`: where it is mounted,
+    also as a layer of another. `references`: under which `containerd.io/snapshot.ref` it is found.
+    `events`: the last events on the name, the newest first. `oldest`: the oldest sequence that the journal keeps.
+    """
+
+    info: Info | None = None
+    id: int = 0
+    fence: int = 0
+    broken: bool = False
+    children: tuple[str, ...] = ()
+    children_count: int = 0
+    holds: tuple[str, ...] = ()
+    mounts: tuple[MountUse, ...] = ()
+    references: tuple[str, ...] = ()
+    events: tuple[Event, ...] = ()
+    oldest: int = 0
 
 
 class Progress(Message, frozen=True):
@@ -407,5 +508,5 @@ def answer_types() -> Mapping[str, type[Any]]:
     return {
         "prepare": MountsAnswer, "view": MountsAnswer, "mounts": MountsAnswer, "commit": Empty, "remove": Empty,
         "stat": Info, "update": Info, "usage": Usage, "walk": WalkPage, "events": EventsPage, "cleanup": Empty,
-        "cancel": Empty, "status": StatusAnswer,
+        "audit": AuditPage, "repair": AuditPage, "why": WhyAnswer, "cancel": Empty, "status": StatusAnswer,
     }  # fmt: skip

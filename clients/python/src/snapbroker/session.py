@@ -48,7 +48,7 @@ from snapbroker.errors import (
 from snapbroker.protocol import BODY_BYTES_MAX, CALLS_MAX, DONE, MORE, REQUEST_VERSION, Call, Progress
 
 if TYPE_CHECKING:
-    from snapbroker.protocol import EventsPage, StatusAnswer, WalkPage
+    from snapbroker.protocol import AuditPage, EventsPage, StatusAnswer, WalkPage, WhyAnswer
 
 TIMEOUT_SECONDS: Final = 60.0
 """How long a call waits for its answer where the caller says nothing."""
@@ -61,6 +61,8 @@ on one while the client reads the answer of another. Measured with 64 callers: 1
 READS: Final = frozenset((protocol.Stat, protocol.Mounts, protocol.UsageOf))
 CHANGES: Final = frozenset((protocol.Prepare, protocol.View, protocol.Commit, protocol.Remove, protocol.Update))
 """What must not be done twice: a request with one of these carries a token."""
+AUDIT_SECONDS: Final = 3600.0
+"""How long an audit or a repair may take where the caller says nothing: it reads all there is."""
 WALK_PAGE: Final = 1000
 """Infos in one page of a walk."""
 PAGES_AT_ONCE: Final = 8
@@ -116,6 +118,8 @@ read_usage: Read[Usage] = _reader(Usage)
 read_status: Read[StatusAnswer] = _reader(protocol.StatusAnswer)
 read_walk: Read[WalkPage] = _reader(protocol.WalkPage)
 read_events: Read[EventsPage] = _reader(protocol.EventsPage)
+read_audit: Read[AuditPage] = _reader(protocol.AuditPage)
+read_why: Read[WhyAnswer] = _reader(protocol.WhyAnswer)
 
 
 # The calls, from a caller's arguments. A wrong type is found here: at the broker it would spoil the whole
@@ -194,6 +198,13 @@ def update(name: str, labels: Mapping[str, str] | None, fieldpaths: Sequence[str
 def walk(filters: Sequence[str], after: str, page: int) -> protocol.Walk:
     """A walk, or its continuation behind `after`."""
     return protocol.Walk(filters=texts(filters, "filters"), after=after, page=page, credit=PAGES_AT_ONCE)
+
+
+def audit(execute: bool | None, after: str) -> protocol.Audit | protocol.Repair:
+    """An audit, or with `execute` a repair that does (True) or only says (False) what it would do."""
+    if execute is None:
+        return protocol.Audit(after=after, credit=PAGES_AT_ONCE)
+    return protocol.Repair(execute=bool(execute), after=after, credit=PAGES_AT_ONCE)
 
 
 def check_continues(page: WalkPage, after: str) -> None:
@@ -672,16 +683,25 @@ class Exchange(Pursuit):
 class Stream(Pursuit, Generic[T]):
     """A request of one call that is answered in pages; `wake` is called whenever something has come."""
 
-    __slots__ = ("_answered", "_read", "_wanted", "error", "over", "pages", "wake")
+    __slots__ = ("_answered", "_progress", "_read", "_wanted", "error", "over", "pages", "wake")
 
-    def __init__(self, target: bytes, namespace: str, timeout: float, call: Call, read: Read[T]) -> None:
+    def __init__(
+        self,
+        target: bytes,
+        namespace: str,
+        timeout: float,
+        call: Call,
+        read: Read[T],
+        progress: OnProgress | None = None,
+    ) -> None:
         super().__init__(target, namespace, timeout)
+        self._progress = progress
         self.calls.append(call)
         self._read = read
         self._wanted = True
         self._answered = False
         self.pages: deque[T] = deque()
-        self.error: BrokerError | None = None
+        self.error: Exception | None = None
         self.over = False
         self.wake: Callable[[], object] | None = None
 
@@ -699,6 +719,8 @@ class Stream(Pursuit, Generic[T]):
                 self.fail(protocol.error_of(outcome.error))
             elif outcome.progress is None:
                 self._page(outcome.ok)
+            elif self._progress is not None:
+                self._report(self._progress, outcome.progress)
         if reply.error is not None:
             self.fail(protocol.error_of(reply.error))
         if last and not self._answered and not self.over:
@@ -707,6 +729,15 @@ class Stream(Pursuit, Generic[T]):
         if self.wake is not None:
             self.wake()
         return self.over
+
+    def _report(self, report: OnProgress, progress: Progress) -> None:
+        """Hand on how far the call is; a callback that fails ends the stream with its own exception."""
+        try:
+            report(progress)
+        except Exception as error:
+            self._progress = None
+            self.error = error
+            self.over = True
 
     def _page(self, ok: msgspec.Raw) -> None:
         try:

@@ -21,6 +21,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parsed.command = parsed.command[1:] if parsed.command[:1] == ["--"] else parsed.command
         if not parsed.command:
             parsed.parser.error("a command is needed: snapbroker run --parent P -- COMMAND...")
+    if parsed.verb == "audit" and parsed.yes and not parsed.repair:
+        parsed.parser.error("--yes goes with --repair")
     if parsed.verb == "rm" and parsed.fence and len(parsed.keys) > 1:
         parsed.parser.error("--fence is that of one snapshot: name one KEY")
     return parsed
@@ -193,6 +195,11 @@ class _Verbs:
         parser.add_argument("topics", metavar="TOPIC", nargs="*", help="a prefix such as SNAPSHOTTER/NAMESPACE/")
         parser.add_argument("--since", type=_sequence, metavar="N", help="events above this sequence")
         parser.add_argument("-f", "--follow", action="store_true", help="go on; without --since from here on")
+        parser = self._verb("why", "show what keeps a snapshot, or what became of it")
+        parser.add_argument("key", metavar="KEY")
+        parser = self._verb("audit", "hold records, journal and directories of a snapshotter against each other")
+        parser.add_argument("--repair", action="store_true", help="say what a repair would do; with --yes, do it")
+        parser.add_argument("--yes", action="store_true", help="with --repair: do it")
         self._verb("cleanup", "wait until everything removed is deleted from disk")
         self._verb("status", "show how the broker and its snapshotters are")
 

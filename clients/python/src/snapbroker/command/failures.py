@@ -30,6 +30,7 @@ The first that fits is taken; what says by itself what to do fits none.
 """
 
 OTHER_STATUSES: Final[Mapping[int, str]] = {
+    20: "audit: warnings or errors were found",
     126: "run: the command cannot be executed",
     127: "run: the command was not found",
     130: "interrupted from the keyboard",

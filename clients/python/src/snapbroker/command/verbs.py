@@ -285,6 +285,33 @@ def _told(event: Event) -> str:
     return f"{text} {words.plain(subject + parent)}".rstrip()
 
 
+def _audit(broker: Broker, arguments: argparse.Namespace, output: Output) -> int:
+    from snapbroker.command.findings import FOUND_STATUS, Report
+
+    report = Report(output, broker.snapshotter_name, repair=arguments.repair, execute=arguments.yes)
+    options: dict[str, Any] = {} if arguments.timeout is None else {"timeout": arguments.timeout}
+    with output.progress("looking") as show:
+        options["progress"] = show
+        findings = broker.repair(arguments.yes, **options) if arguments.repair else broker.audit(**options)
+        with findings:
+            for finding in findings:
+                report.tell(finding)
+    report.summary(findings.looked)
+    return 0 if report.clean else FOUND_STATUS
+
+
+def _why(broker: Broker, arguments: argparse.Namespace, output: Output) -> int:
+    from snapbroker.command import reasons
+
+    answer = broker.why(arguments.key)
+    if output.as_json:
+        output.document(reasons.described(answer))
+    else:
+        for line in reasons.told(arguments.key, answer):
+            output.line(line)
+    return 0
+
+
 def _cleanup(broker: Broker, arguments: argparse.Namespace, output: Output) -> int:
     del arguments
     last = Progress()
@@ -377,6 +404,8 @@ _VERBS: Final[Mapping[str, Callable[[Broker, argparse.Namespace, Output], int]]]
     "ls": _ls,
     "tree": _tree,
     "events": _events,
+    "audit": _audit,
+    "why": _why,
     "cleanup": _cleanup,
     "status": _status,
     "run": _run,
