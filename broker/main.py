@@ -15,7 +15,7 @@ import structlog
 from backends import failpoints
 from broker import config as configuration
 from broker import logs
-from broker.commands import audit
+from broker.commands import audit, backup, rebuild
 from broker.server import Finding, Server, examine, version
 from snapbroker.errors import BrokerError
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 log = structlog.get_logger()
+
+COMMANDS = {"audit": audit, "backup": backup, "rebuild": rebuild}
+"""Those that work on a root instead of serving it."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
     doctor = verbs.add_parser("doctor", help="say what this machine supports, and why not")
     add_places(doctor)
     doctor.add_argument("--json", action="store_true", help="one JSON document")
-    add_places(audit.add(verbs))
+    for command in COMMANDS.values():
+        add_places(command.add(verbs))
     check = verbs.add_parser("check-config", help="check a configuration file and exit")
     check.add_argument("file", type=Path, metavar="FILE")
     return top
@@ -73,8 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = settings(options)
         if options.verb == "doctor":
             return doctor(config, as_json=options.json)
-        if options.verb == "audit":
-            return audit.run(config, options)
+        if options.verb in COMMANDS:
+            status: int = COMMANDS[options.verb].run(config, options)
+            return status
         return serve(config)
     except BrokerError as error:
         print(f"snapbrokerd: {error.message}", file=sys.stderr)

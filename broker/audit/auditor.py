@@ -30,6 +30,7 @@ from broker.audit.journal import JournalCheck
 from broker.audit.kinds import finding
 from broker.audit.records import Examiner, Rescue
 from broker.store import IdSet, Inspection
+from broker.store.ledger import NAME as LEDGER
 from broker.store.records import index_key, parents_of
 from broker.store.snapshots import reference_key
 from snapbroker.contract import SNAPSHOT_REF_LABEL, Kind, Usage
@@ -167,10 +168,12 @@ class Auditor:
         own = [
             Place(metadata, 0o700),
             *(Place(f"{metadata}/{name}", 0o600) for name in ("data.mdb", "lock.mdb")),
-            Place(f"{self._access.root}/lock", 0o600),
+            *(Place(f"{self._access.root}/{name}", 0o600) for name in ("lock", LEDGER)),
         ]
         found: Step = []
-        for place in (*self._inspector.places(), *own):
+        for place in own:
+            found += self._check_mode(place)
+        for place in self._inspector.places():
             self._task.advance()
             try:
                 os.stat(place.path, follow_symlinks=False)

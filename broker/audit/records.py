@@ -115,10 +115,23 @@ class Examiner:
         }
         if len(value) >= HEADER_BYTES:
             about["id"] = min(parents_of(value)[0], 2**63 - 1)
-        rescued = self._rescue(key)
+        rescued = self._rescued(key, value)
         comes = "; the ledger has it" if rescued else ""
         said = finding("damaged-record", f"the record cannot be read: {error}{comes}", **about)
         return Found(said, self._replace(key, value, rescued, name))
+
+    def _rescued(self, key: bytes, value: bytes) -> bytes | None:
+        """What the ledger has of the record, where it is of the same id: the ledger may be a moment behind."""
+        if len(value) < HEADER_BYTES:
+            return None
+        try:
+            rescued = self._rescue(key)
+            if rescued is None or parents_of(rescued)[0] != parents_of(value)[0]:
+                return None
+            decode_record(rescued)
+        except (OSError, ValueError, struct.error, msgspec.MsgspecError):
+            return None
+        return rescued
 
     def _replace(self, key: bytes, value: bytes, rescued: bytes | None, name: str) -> Mend:
         def work(txn: Transaction, turn: Turn, now: int) -> bool:

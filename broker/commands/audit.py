@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from backends.api import Task
 from broker.audit.auditor import Auditor
 from broker.commands.places import Place, add_names, places
+from broker.store.ledger import last_word
 from snapbroker.command.findings import FOUND_STATUS, Report
 from snapbroker.command.output import Output
 from snapbroker.protocol import Progress
@@ -49,7 +50,7 @@ def _audit(place: Place, options: argparse.Namespace, output: Output) -> bool:
     task = Task()
     with place.opened() as access, output.progress(f"auditing {place.name}") as show:
         report = Report(output, place.name, repair=options.repair, execute=options.yes)
-        auditor = Auditor(access, task, execute=options.yes)
+        auditor = Auditor(access, task, lambda key: last_word(place.root, key), execute=options.yes)
         for item in auditor.told():
             if item is not None:
                 report.tell(item[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ from broker.snapshotter.space import Ballast, Space
 from broker.snapshotter.trash import Trash
 from broker.snapshotter.verbs import Verbs
 from broker.snapshotter.writer import Writer
-from broker.store import Environment, Inspection, Journal, Outcomes, Snapshots
+from broker.store import Environment, Inspection, Journal, Ledger, Outcomes, Snapshots
+from broker.store.ledger import check_not_lost, check_not_older, last_word
 from snapbroker.protocol import ActorStatus, encode
 
 log = structlog.get_logger()
@@ -73,9 +75,12 @@ class SnapshotterActor:
         self._ballast.let_go_if_needed()
         backend_type = registry.load(setup.backend)
         self.backend = backend_type.open(root, msgspec.convert(setup.options, backend_type.Options))
+        check_not_lost(root, Path(setup.metadata))
         self._environment = Environment(Path(setup.metadata), limits.store)
+        check_not_older(root, self._environment)
         self._outcomes = Outcomes(self._environment, limits.outcomes)
-        snapshots = Snapshots(self._environment, writes=True)
+        self._ledger = Ledger(root, self._environment, limits.ledger)
+        snapshots = Snapshots(self._environment, writes=True, note=self._ledger.note)
         self._journal = Journal(self._environment, setup.name, limits.journal)
         ids = Ids(self._environment, snapshots)
         place = Place(setup.backend, setup.root, setup.options)
@@ -125,6 +130,7 @@ class SnapshotterActor:
             self._recovery,
         )
         verbs.touched = self._touched
+        self._ledger_thread = threading.Thread(target=vital, args=(self._ledger.run,), name="ledger", daemon=True)
         self.service: Service | None = None
 
     async def run(self, ready: Callable[[], None]) -> None:
@@ -136,7 +142,7 @@ class SnapshotterActor:
                 audits = Audits(
                     self._access,
                     self._writer,
-                    lambda _key: None,
+                    lambda key: last_word(Path(self._setup.root), key),
                     limits.progress_interval_ms / 1000,
                     limits.audits_max,
                 )
@@ -155,6 +161,7 @@ class SnapshotterActor:
                 self._deliver = thread_safe(service.deliver)
                 tasks.start_soon(anyio.to_thread.run_sync, vital, self._writer.run)
                 tasks.start_soon(anyio.to_thread.run_sync, vital, self._trash.run)
+                self._ledger_thread.start()
                 if self._pool is not None:
                     tasks.start_soon(anyio.to_thread.run_sync, vital, self._pool.run)
                 streams.start_soon(service.tell_progress)
@@ -177,6 +184,9 @@ class SnapshotterActor:
         self._deleter.let_go()
         if self._crew is not None:
             self._crew.wait()
+        # Behind the writer's last transaction.
+        self._ledger.stop()
+        self._ledger_thread.join()
         self.backend.close()
         self._environment.close()
         os.close(self._lock)
@@ -202,6 +212,7 @@ class SnapshotterActor:
             queues["pool"] = self._pool.statistics()
         with self._environment.read() as txn:
             queues["outcomes"] = self._outcomes.statistics(txn)
+        queues["ledger"] = self._ledger.statistics()
         queues["space"] = self._space.statistics()
         queues["store"] = self._environment.statistics()
         return encode(

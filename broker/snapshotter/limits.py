@@ -8,7 +8,7 @@ from broker.snapshotter.pool import PoolLimits
 from broker.snapshotter.service import ServiceLimits
 from broker.snapshotter.space import SpaceLimits
 from broker.snapshotter.writer import WriterLimits
-from broker.store import OutcomeRetention, Retention, StoreLimits
+from broker.store import LedgerLimits, OutcomeRetention, Retention, StoreLimits
 
 
 class SnapshotterLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -17,6 +17,7 @@ class SnapshotterLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     store: StoreLimits = StoreLimits()
     journal: Retention = Retention()
     outcomes: OutcomeRetention = OutcomeRetention()
+    ledger: LedgerLimits = LedgerLimits()
     space: SpaceLimits = SpaceLimits()
     pool: PoolLimits = PoolLimits()
     writer: WriterLimits = WriterLimits()

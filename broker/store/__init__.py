@@ -4,6 +4,7 @@ from broker.store.environment import Environment, StoreLimits
 from broker.store.idset import IdSet
 from broker.store.inspection import Inspection
 from broker.store.journal import Journal, Retention
+from broker.store.ledger import Ledger, LedgerLimits
 from broker.store.outcomes import OutcomeRetention, Outcomes, Token, digest_of
 from broker.store.records import Record, index_key
 from broker.store.snapshots import Snapshots
@@ -13,6 +14,8 @@ __all__ = [
     "IdSet",
     "Inspection",
     "Journal",
+    "Ledger",
+    "LedgerLimits",
     "OutcomeRetention",
     "Outcomes",
     "Record",

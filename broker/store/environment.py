@@ -35,6 +35,22 @@ RESERVE_STEP_BYTES: Final = 1 << 20
 T = TypeVar("T")
 
 
+def copy_database(path: Path, descriptor: int, *, compact: bool) -> None:
+    """Write a consistent copy of the database in the directory `path`, which may be in use, to an open file.
+
+    `compact`: without free pages, which takes longer. What the copy reads is kept meanwhile: the database grows by what
+    changes. Internal where it cannot be read.
+    """
+    try:
+        environment = lmdb.open(os.fspath(path), readonly=True, max_dbs=12, readahead=True)
+        try:
+            environment.copyfd(descriptor, compact=compact)
+        finally:
+            environment.close()
+    except lmdb.Error as error:
+        raise Internal(f"the metadata database {path} cannot be copied: {error}") from error
+
+
 class StoreFull(ResourceExhausted):
     """The map is as large as it may be."""
 

@@ -103,6 +103,11 @@ def parents_of(value: bytes) -> tuple[int, int]:
     return int(header[3]), int(header[4])
 
 
+def is_committed(value: bytes) -> bool:
+    """Whether a stored value says that it is of a committed snapshot."""
+    return len(value) >= HEADER_BYTES and value[_SUM.size] == _KIND_NUMBERS[Kind.COMMITTED]
+
+
 def info_of(value: bytes) -> bytes:
     """The encoded Info in a stored value, the rest only summed up; ValueError or struct.error when it is damaged."""
     (checksum,) = _SUM.unpack_from(value)

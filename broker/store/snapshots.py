@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final, cast
 
 from backends.failpoints import reach
@@ -18,7 +18,7 @@ from broker.store.records import (
     index_key,
     info_of,
 )
-from snapbroker.contract import SNAPSHOT_REF_LABEL, Info
+from snapbroker.contract import SNAPSHOT_REF_LABEL, Info, Kind
 from snapbroker.errors import Internal, NotFound
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ _CHAIN_IDS_MAX: Final = 1 << 20
 """Ids kept in the cache of chains: 8 MiB of pointers at most."""
 
 
+Change = tuple[bytes, bytes | None]
+"""An index key and the record that it has from now on; None where it has none."""
 Row = tuple[bytes, bytes]
 """An index key and the record stored there."""
 
@@ -59,8 +61,15 @@ def row_name(row: Row) -> str:
 class Snapshots:
     """The snapshots database with its two indexes: children by parent, and committed names by `snapshot.ref`."""
 
-    def __init__(self, environment: Environment, *, writes: bool = False) -> None:
-        """With `writes`, chains learnt in a transaction are kept only once it is settled."""
+    def __init__(
+        self, environment: Environment, *, writes: bool = False, note: Callable[[list[Change]], None] | None = None
+    ) -> None:
+        """With `writes`, chains learnt in a transaction are kept only once it is settled.
+
+        `note` is told, then, what changed of committed snapshots.
+        """
+        self._note = note
+        self._changes: list[Change] = []
         self._writes = writes
         self._db = environment.snapshots
         self._children = environment.children
@@ -96,11 +105,14 @@ class Snapshots:
 
     def put(self, txn: Transaction, key: bytes, record: Record) -> None:
         """Write a record over whatever is at the key; indexes are the caller's business."""
-        txn.put(key, record.encode(), db=self._db)
+        value = record.encode()
+        txn.put(key, value, db=self._db)
+        if self._note is not None and record.kind is Kind.COMMITTED:
+            self._changes.append((key, value))
 
     def insert(self, txn: Transaction, key: bytes, record: Record) -> None:
         """Write a record that was not there, and its place among its parent's children."""
-        txn.put(key, record.encode(), db=self._db)
+        self.put(txn, key, record)
         if record.parent_id:
             reach("snapshots.inserted")
             txn.put(_PAIR.pack(record.parent_id, record.id), b"", db=self._children)
@@ -108,6 +120,8 @@ class Snapshots:
     def delete(self, txn: Transaction, key: bytes, record: Record) -> None:
         """Delete a record and its place among its parent's children."""
         txn.delete(key, db=self._db)
+        if self._note is not None and record.kind is Kind.COMMITTED:
+            self._changes.append((key, None))
         if record.parent_id:
             reach("snapshots.deleted")
             txn.delete(_PAIR.pack(record.parent_id, record.id), db=self._children)
@@ -158,13 +172,18 @@ class Snapshots:
     def settle(self) -> None:
         """The transaction is committed: what was learnt of chains in it holds."""
         self._fresh.clear()
+        if self._note is not None and self._changes:
+            self._note(self._changes)
+            self._changes = []
 
-    def mark(self) -> int:
+    def mark(self) -> tuple[int, int]:
         """Where the transaction is, for `rewind`."""
-        return len(self._fresh)
+        return len(self._fresh), len(self._changes)
 
-    def rewind(self, mark: int = 0) -> None:
-        """Forget the chains learnt since `mark`: the transaction that knew them was dropped."""
+    def rewind(self, to: tuple[int, int] = (0, 0)) -> None:
+        """Forget the chains learnt, and the changes made, since `mark`: the transaction that knew them was dropped."""
+        mark, changed = to
+        del self._changes[changed:]
         for id_ in self._fresh[mark:]:
             dropped = self._chains.pop(id_, None)
             self._chain_ids -= len(dropped) if dropped else 0
