@@ -471,12 +471,13 @@ def _write_table(table: Mapping[str, Any], where: str, lines: list[str]) -> None
             _write_table(value, f"{where}{key}.", lines)
 
 
-def audit_clean(daemon: Daemon) -> None:
-    """No audit of the daemon finds more than notes: asked over the wire while it runs, else by looking at its root.
+def audit_clean(daemon: Daemon, *names: str) -> None:
+    """No audit of the daemon, or of these snapshotters of it, finds more than notes.
 
-    The broken snapshots that a test made are findings too: remove them first.
+    It is asked over the wire while it runs, else its root is looked at. The broken snapshots that a test made are
+    findings too: remove them first.
     """
-    for name in daemon.snapshotters:
+    for name in names or daemon.snapshotters:
         wrong = [each for each in findings(daemon, name) if each["severity"] != "note"]
         assert not wrong, f"{name}: {wrong[:5]}\n{daemon.log()}"
 

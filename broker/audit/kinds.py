@@ -73,7 +73,9 @@ KINDS: Final[dict[str, Kind]] = {
     "mode": Kind(WARNING, "others may look into snapshots: let repair set mode and owner", "set mode and owner"),
     "missing-place": Kind(ERROR, "mount the filesystem that belongs there, or start the snapshotter, which makes it"),
     "trash": Kind(NOTE, "it is deleted in the background: `snapbroker cleanup` waits for it"),
-    "trash-stuck": Kind(WARNING, "the log says what cannot be deleted and why, such as a mount inside; then `snapbroker cleanup`"),
+    "trash-stuck": Kind(
+        WARNING, "the log says what cannot be deleted and why, such as a mount inside; then `snapbroker cleanup`"
+    ),
     "mount": Kind(WARNING, "no record is there any more for what is mounted: unmount it"),
     # The journal.
     "journal-gap": Kind(

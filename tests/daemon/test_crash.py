@@ -20,7 +20,7 @@ from snapbroker.errors import FailedPrecondition, NotFound
 from snapbroker.protocol import Prepare, Progress
 from tests.daemon import support
 from tests.daemon.support import Bystander, Ledger, Load, queue_of
-from tests.harness import Daemon
+from tests.harness import Daemon, audit_clean
 
 pytestmark = pytest.mark.root
 
@@ -38,6 +38,7 @@ def check_everything(daemon: Daemon, snapshotter: str, ledger: Ledger) -> None:
         infos = ledger.check(broker)
         support.check_journal(broker, infos)
     support.check_disk(daemon, snapshotter)
+    audit_clean(daemon, snapshotter)
     records = support.records_of(daemon, snapshotter)
     assert {name for _, name in records} == infos.keys()
     if daemon.snapshotters[snapshotter]["backend"] != "btrfs":

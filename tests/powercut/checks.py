@@ -14,7 +14,7 @@ from snapbroker.errors import OutOfRange
 from snapbroker.protocol import Cleanup, Events, StatusAnswer, Walk
 from tests.daemon import support
 from tests.daemon.support import queue_of
-from tests.harness import Daemon, Wire
+from tests.harness import Daemon, Wire, audit_clean
 from tests.oracle import check_chains, replay
 from tests.powercut.books import Happening
 
@@ -135,6 +135,7 @@ def check_directories(daemon: Daemon, snapshotter: str) -> int:
     for (_, name), record in records.items():
         assert not record.broken, f"{snapshotter}: {name} is broken"
         check_form(root / "snapshots" / str(record.id), record, daemon.snapshotters[snapshotter])
+    audit_clean(daemon, snapshotter)
     return len(records)
 
 
