@@ -55,6 +55,9 @@ KINDS: Final[dict[str, Kind]] = {
         "write the entry",
     ),
     "stray-reference": Kind(WARNING, "let repair delete the entry", "delete the entry"),
+    "missing-database": Kind(
+        ERROR, "if a filesystem was not mounted, mount it; else `snapbrokerd rebuild` makes it from what is left"
+    ),
     # Directories.
     "leftover": Kind(
         WARNING, "no record speaks of it: the next start discards it, or repair", "put it into the trash"

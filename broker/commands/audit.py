@@ -6,12 +6,16 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+import lmdb
+
 from backends.api import Task
 from broker.audit.auditor import Auditor
+from broker.audit.kinds import finding
 from broker.commands.places import Place, add_names, places
 from broker.store.ledger import last_word
 from snapbroker.command.findings import FOUND_STATUS, Report
 from snapbroker.command.output import Output
+from snapbroker.errors import Internal
 from snapbroker.protocol import Progress
 
 if TYPE_CHECKING:
@@ -42,12 +46,23 @@ def run(config: Config, options: argparse.Namespace) -> int:
     dirty = False
     for place in places(config, options.names):
         with place.locked("audit it without the daemon"):
-            dirty = not _audit(place, options, output) or dirty
+            try:
+                dirty = not _audit(place, options, output) or dirty
+            except lmdb.Error as error:
+                raise Internal(
+                    f"{place.name}: the database cannot be read: {error}: move {place.metadata} away, and `snapbrokerd "
+                    "rebuild`"
+                ) from error
     return FOUND_STATUS if dirty else 0
 
 
 def _audit(place: Place, options: argparse.Namespace, output: Output) -> bool:
     task = Task()
+    if not place.database.is_file():
+        report = Report(output, place.name, repair=options.repair, execute=options.yes)
+        report.tell(finding("missing-database", f"{place.database} is not there", path=str(place.database)))
+        report.summary(0)
+        return False
     with place.opened() as access, output.progress(f"auditing {place.name}") as show:
         report = Report(output, place.name, repair=options.repair, execute=options.yes)
         auditor = Auditor(access, task, lambda key: last_word(place.root, key), execute=options.yes)

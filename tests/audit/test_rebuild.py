@@ -118,7 +118,9 @@ def test_committed_snapshots_come_back_from_the_ledger(daemon: Daemon, backend: 
 
 
 @pytest.mark.parametrize("backend", ["overlayfs"], indirect=True)
-def test_a_start_without_the_database_is_refused(daemon: Daemon, backend: str) -> None:
+def test_a_start_without_the_database_is_refused(
+    daemon: Daemon, backend: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     committed = build(daemon, backend)
     daemon.stop()
     lose_database(daemon, backend)
@@ -128,6 +130,11 @@ def test_a_start_without_the_database_is_refused(daemon: Daemon, backend: str) -
     daemon.kill(signal.SIGKILL)
     assert (daemon.root_of(backend) / NAME).read_bytes() == ledger
     assert not (daemon.root_of(backend) / "metadata" / "data.mdb").exists()
+    assert [each["kind"] for each in findings(daemon, backend)] == ["missing-database"]
+    (daemon.root_of(backend) / NAME).rename(daemon.root_of(backend) / "away")
+    assert snapbrokerd(["rebuild", "--config", str(daemon.config_file), "--yes"]) == 5
+    assert "nothing tells what its directories are" in capsys.readouterr().err
+    (daemon.root_of(backend) / "away").rename(daemon.root_of(backend) / NAME)
     command("rebuild", "--config", str(daemon.config_file), "--yes")
     daemon.start()
     assert committed_of(daemon, backend) == committed
