@@ -37,7 +37,7 @@ DOCUMENTS: Final = (
     "docs/rfc/2-events.md",
     "tests/conformance/README.md",
 )
-FIGURES: Final = {"map_bytes", "used_bytes", "retry_after_ms"}
+FIGURES: Final = {"size_bytes", "map_bytes", "used_bytes", "retry_after_ms"}
 """What looks like a setting and is told by the status, or with an error."""
 SESSION_S: Final = 100
 """How long one page's examples may take on a busy machine."""
