@@ -6,7 +6,8 @@ import contextlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from broker.main import main as snapbrokerd
 from snapbroker import aio, mount
 from snapbroker.command import main as snapbroker
-from snapbroker.errors import InvalidArgument, Unimplemented
+from snapbroker.errors import InvalidArgument, Unavailable, Unimplemented
 from snapbroker.protocol import Audit, AuditPage, Finding, Remove, Repair, Stat, Why
 from tests.daemon import support
 from tests.harness import Daemon, audit_clean, findings
@@ -239,3 +240,27 @@ def test_a_root_that_is_served_is_refused(served: Daemon, capsys: pytest.Capture
         assert "a snapbrokerd serves" in capsys.readouterr().err
     assert snapbrokerd(["audit", "--config", str(served.config_file), "nobody"]) == 3
     assert "no snapshotter 'nobody'" in capsys.readouterr().err
+
+
+def test_a_stop_does_not_wait_for_an_audit(start_daemon: Callable[..., Daemon]) -> None:
+    daemon = start_daemon({"memory": {}})
+    with daemon.client("memory") as broker, broker.batch() as batch:
+        for number in range(1000):
+            batch.prepare(f"job-{number}")
+    begun, ended = threading.Event(), []
+
+    def audit_on_and_on() -> None:
+        with daemon.client("memory", patience=0) as broker:
+            try:
+                while True:
+                    list(broker.audit())
+                    begun.set()
+            except Unavailable as error:
+                ended.append(error)
+
+    thread = threading.Thread(target=audit_on_and_on)
+    thread.start()
+    assert begun.wait(30)
+    daemon.stop()
+    thread.join(30)
+    assert len(ended) == 1
