@@ -14,6 +14,7 @@ changes go on to gather. They are appended behind it, so that it does not matter
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import struct
 import threading
@@ -47,6 +48,8 @@ FRAME_BYTES_MAX: Final = 1 << 28
 """Longer is no frame of ours."""
 GATHERED_MAX: Final = 65_536
 """Changes that wait in memory at most for the flush interval to pass."""
+DROPPED_MAX: Final = 16 * GATHERED_MAX
+"""So many that could not be written are dropped: the file is written anew when there is room."""
 _GENTLE_S: Final = 0.002
 """Pause between two pages of a rewriting."""
 _RETRY_S: Final = 5.0
@@ -78,6 +81,7 @@ class Ledger:
         self._condition = threading.Condition()
         self._gathered: list[Change] = []
         self._stopped = False
+        self._dropped = False
         self._fd = -1
         self._size = 0
         self._base = 0
@@ -97,7 +101,8 @@ class Ledger:
         while True:
             try:
                 if not current:
-                    self._rewrite()
+                    if not self._rewrite():
+                        return
                     current = True
                 with self._condition:
                     self._condition.wait_for(self._is_due, self._limits.flush_ms / 1000)
@@ -109,7 +114,9 @@ class Ledger:
                 current = self._size <= 2 * self._base + self._limits.slack_bytes
             except (OSError, lmdb.Error) as error:
                 self._failures += 1
-                current = False
+                # Where there was only no room, what was written holds, and the rest is tried again.
+                no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+                current = current and no_room and not self._dropped
                 log.warning("the ledger cannot be written", error=str(error))
                 with self._condition:
                     if self._condition.wait_for(lambda: self._stopped, _RETRY_S):
@@ -143,9 +150,21 @@ class Ledger:
     def _append(self) -> None:
         with self._condition:
             changes, self._gathered = self._gathered, []
-        if changes:
+        if not changes:
+            return
+        begin = self._size
+        try:
             self._write(_framed(changes))
             os.fdatasync(self._fd)
+        except OSError:
+            self._size = begin
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, begin)
+            with self._condition:
+                self._gathered = changes + self._gathered
+                if len(self._gathered) > DROPPED_MAX:
+                    self._gathered, self._dropped = [], True
+            raise
 
     def _write(self, frame: bytes) -> None:
         view = memoryview(frame)
@@ -154,10 +173,24 @@ class Ledger:
             self._size += written
             view = view[written:]
 
-    def _rewrite(self) -> None:
-        """Write the database's committed records into a new file, and put it in the place of the old one."""
+    def _rewrite(self) -> bool:
+        """Write the database's committed records into a new file, and put it in the old one's place; False at a stop.
+
+        Then the file that is there was not closed, and the next start begins anew.
+        """
         self._let_go()
         fresh = self._path.with_suffix(".new")
+        try:
+            whole = self._write_anew(fresh)
+        except (OSError, lmdb.Error):
+            fresh.unlink(missing_ok=True)
+            raise
+        if not whole:
+            fresh.unlink()
+        return whole
+
+    def _write_anew(self, fresh: Path) -> bool:
+        self._dropped = False
         self._fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         self._size = 0
         self._write(HEADER)
@@ -173,8 +206,7 @@ class Ledger:
                 self._write(_framed(changes))
             with self._condition:
                 if self._condition.wait_for(lambda: self._stopped, _GENTLE_S):
-                    # The file that is there was not closed: the next start begins anew.
-                    return
+                    return False
         os.fsync(self._fd)
         fresh.rename(self._path)
         directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -184,6 +216,7 @@ class Ledger:
             os.close(directory)
         self._base = self._size
         self._rewritten += 1
+        return True
 
     def _close(self) -> None:
         with self._environment.read() as txn:

@@ -15,6 +15,7 @@ from backends.native import Native, NativeOptions
 from broker.audit import journal
 from broker.audit.access import Flight, OfflineAccess
 from broker.audit.auditor import Auditor
+from broker.audit.kinds import KINDS
 from broker.audit.why import why
 from broker.store import Environment, Record, Snapshots, StoreLimits, index_key
 from broker.store.records import encode_info
@@ -218,3 +219,10 @@ def test_why_names_some_children_and_counts_all(world: World, monkeypatch: pytes
         world.make(number, f"child-{number}", "base", Kind.ACTIVE)
     answer = why(world.access, "default", "base", Task())
     assert (answer.children, answer.children_count) == (("child-2", "child-3", "child-4"), 7)
+
+
+def test_the_specification_lists_every_kind() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "rfc" / "1-request.md").read_text()
+    table = text.partition("| kind | severity | repair |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    rows = {row.split(" | ")[0].strip("| `"): row.removesuffix(" |").split(" | ")[1:] for row in table.splitlines()}
+    assert rows == {name: [kind.severity, kind.repair or "-"] for name, kind in KINDS.items()}
