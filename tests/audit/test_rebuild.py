@@ -145,7 +145,7 @@ def test_a_backup_under_load_brings_everything_back(daemon: Daemon, backend: str
     backup = tmp_path / "backup"
     with support.Load(daemon, backend, workers=2) as load:
         load.start()
-        committed = build(daemon, backend, base=False)
+        build(daemon, backend, base=False)
         load.wait_for_calls(30)
         command("backup", str(backup), "--config", str(daemon.config_file))
         load.wait_for_calls(60)
@@ -168,7 +168,8 @@ def test_a_backup_under_load_brings_everything_back(daemon: Daemon, backend: str
         assert found["workspace"] == infos["workspace"]
         assert found["look"] == infos["look"]
         (support.directory_of(daemon, backend, broker.mounts("workspace")) / "more").write_text("to write")
-    assert committed.keys() <= found.keys()
+    # Those of the load may have been removed since.
+    assert {"base", "layer", "top"} <= found.keys()
     assert rebuilt[-1]["summary"]["active"] >= 1
     audit_clean(daemon)
 
