@@ -307,6 +307,16 @@ class Inspected(Protocol):
         ...
 
 
+@runtime_checkable
+class Modest(Protocol):
+    """A backend that says which of root's capabilities it needs once it is open; the others are given up for good.
+
+    Names as in capabilities(7), in lower case and without `CAP_`.
+    """
+
+    privileges: ClassVar[frozenset[str]]
+
+
 BackendType = type[Backend]
 """What the entry points of group `snapbroker.backends` name."""
 

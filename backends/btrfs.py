@@ -81,6 +81,8 @@ class Btrfs:
 
     Options: ClassVar[type[Options]] = BtrfsOptions
     workers: ClassVar[int] = 64
+    privileges: ClassVar[frozenset[str]] = frozenset(("chown", "dac_override", "fowner", "fsetid", "sys_admin"))
+    """Deleting subvolumes, and the attribute that tells when one was committed, are for administrators."""
     sync_remove: bool = False
     capabilities: frozenset[str] = frozenset()
 

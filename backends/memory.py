@@ -30,6 +30,7 @@ class Memory:
 
     Options: ClassVar[type[Options]] = MemoryOptions
     workers: ClassVar[int] = 4
+    privileges: ClassVar[frozenset[str]] = frozenset()
     sync_remove: bool = False
     capabilities: frozenset[str] = frozenset([REBASE])
 

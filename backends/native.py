@@ -66,6 +66,10 @@ class Native:
 
     Options: ClassVar[type[Options]] = NativeOptions
     workers: ClassVar[int] = 64
+    privileges: ClassVar[frozenset[str]] = frozenset(
+        ("chown", "dac_override", "fowner", "fsetid", "mknod", "setfcap", "sys_admin")
+    )
+    """Files are copied with owners, modes, devices, file capabilities, and attributes of `trusted.*`."""
     hands: ClassVar[int] = 3
     sync_remove: bool = False
     capabilities: frozenset[str] = frozenset()

@@ -71,6 +71,8 @@ class Overlayfs:
     Options: ClassVar[type[Options]] = OverlayfsOptions
     layers_max: ClassVar[int] = LAYERS_MAX
     workers: ClassVar[int] = 8
+    privileges: ClassVar[frozenset[str]] = frozenset(("chown", "dac_override", "fowner", "fsetid"))
+    """Files of any owner are counted and deleted; roots of snapshots get their parent's owner."""
 
     def __init__(self, shelf: Shelf, options: OverlayfsOptions, features: Features) -> None:
         self.root = shelf.root

@@ -11,6 +11,8 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from backends import registry
+from broker import places
+from broker.access import ROLES
 from broker.snapshotter.limits import SnapshotterLimits
 from snapbroker.errors import BrokerError, InvalidArgument
 
@@ -54,6 +56,21 @@ class SupervisorLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     """After a stop, when an actor that has not ended is killed."""
 
 
+class TcpSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The remote sockets: tcp with CURVE, for those whose keys are in the key directory."""
+
+    endpoint: str = ""
+    """A second router, `tcp://ADDRESS:PORT`, for clients with a key; none by default."""
+    events_endpoint: str = ""
+    """A second publisher, `tcp://ADDRESS:PORT`; both or none."""
+    keys: str = ""
+    """The key directory; /etc/snapbroker/keys, or the user's configuration directory."""
+    reread_ms: int = 1000
+    """How often the key directory is looked at: a revoked key is good for so long at most."""
+    handshake_ms: int = 5000
+    """Longest handshake; then the connection is closed, and its descriptor free for somebody else."""
+
+
 class SnapshotterSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One snapshotter: `[snapshotters.<name>]`; the name is the routing target."""
 
@@ -81,6 +98,14 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """The publisher's endpoint; `ipc://<runtime>/events.sock` by default."""
     socket_mode: int = 0o600
     """Mode of the ipc sockets."""
+    socket_owner: str | int = ""
+    """User, by name or number, that the ipc sockets belong to; the daemon's own by default."""
+    socket_group: str | int = ""
+    """Group, by name or number, of the ipc sockets; the daemon's own by default. It takes a mode such as 0o660."""
+    socket_role: str = "admin"
+    """What who can open the ipc sockets may do: read, write or admin."""
+    insecure_tcp: bool = False
+    """Whether `endpoint` and `events_endpoint` may be tcp without keys, on loopback, where any local user gets in."""
     log_level: str = "info"
     """debug, info, warning or error."""
     log_format: str = "auto"
@@ -88,6 +113,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     router: RouterLimits = RouterLimits()
     publisher: PublisherLimits = PublisherLimits()
     supervisor: SupervisorLimits = SupervisorLimits()
+    tcp: TcpSection = TcpSection()
     snapshotters: dict[str, SnapshotterSection] = {}
     """Without any, every snapshotter that the machine supports is started."""
 
@@ -110,6 +136,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def publisher_endpoint(self) -> str:
         """The publisher's endpoint."""
         return self.events_endpoint or f"ipc://{self.runtime_path}/events.sock"
+
+    @property
+    def keys_path(self) -> Path:
+        """The key directory."""
+        return Path(self.tcp.keys or default_keys())
 
 
 NAME_CHARACTERS: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
@@ -135,10 +166,21 @@ def default_runtime() -> str:
     return f"{os.environ.get('XDG_RUNTIME_DIR') or f'/run/user/{os.getuid()}'}/snapbroker"
 
 
-def load(path: Path | None) -> Config:
-    """The configuration in a file, the defaults without one; InvalidArgument says file, key and reason."""
+def default_keys() -> str:
+    """/etc/snapbroker/keys, or the user's configuration directory when not root."""
+    if os.geteuid() == 0:
+        return "/etc/snapbroker/keys"
+    place = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    return f"{place}/snapbroker/keys"
+
+
+def load(path: Path | None, *, insecure_tcp: bool = False) -> Config:
+    """The configuration in a file, the defaults without one; InvalidArgument says file, key and reason.
+
+    `insecure_tcp`: as if the file said so.
+    """
     if path is None:
-        return Config()
+        return Config(insecure_tcp=insecure_tcp)
     try:
         with path.open("rb") as file:
             table = tomllib.load(file)
@@ -156,7 +198,9 @@ def load(path: Path | None) -> Config:
         name: _convert(section, SnapshotterSection, f"{path}: snapshotters.{name}", ".")
         for name, section in sections.items()
     }
-    config = msgspec.structs.replace(config, snapshotters=snapshotters)
+    config = msgspec.structs.replace(
+        config, snapshotters=snapshotters, insecure_tcp=config.insecure_tcp or insecure_tcp
+    )
     check(config, str(path))
     return config
 
@@ -193,7 +237,10 @@ def check(config: Config, source: str) -> None:
     """What types cannot say: names, ranges, places, backends and their options."""
     for key in ("root", "runtime"):
         _check_absolute(getattr(config, key), key, source)
+    _check_absolute(config.tcp.keys, "tcp.keys", source)
     _check_endpoints(config, source)
+    _check_tcp(config.tcp, source)
+    _check_rights(config, source)
     if config.log_level not in ("debug", "info", "warning", "error"):
         raise InvalidArgument(f"{source}: log_level: {config.log_level!r} is not debug, info, warning or error")
     if config.log_format not in ("auto", "json", "console"):
@@ -240,13 +287,47 @@ def _check_endpoints(config: Config, source: str) -> None:
                 f"{source}: {where}: {address} has over {IPC_PATH_BYTES_MAX} bytes: choose a shorter path"
             )
         if scheme == "tcp":
-            host, _, port = address.rpartition(":")
-            if not (port == "*" or (port.isdecimal() and int(port) < 65536)) or not host:
-                raise InvalidArgument(f"{source}: {key}: {endpoint!r} has no port: tcp://ADDRESS:PORT")
+            host = _check_address(endpoint, key, source)
             if not _is_loopback(host):
                 raise InvalidArgument(
-                    f"{source}: {key}: {endpoint!r} is not loopback, and tcp carries no authentication"
+                    f"{source}: {key}: {endpoint!r} is not loopback: for other machines there is [tcp], with keys"
                 )
+            if not config.insecure_tcp:
+                raise InvalidArgument(
+                    f"{source}: {key}: {endpoint!r} lets every user of this machine do everything: set insecure_tcp, "
+                    "or --insecure-tcp, if that is meant; [tcp] is the one with keys"
+                )
+
+
+def _check_address(endpoint: str, key: str, source: str) -> str:
+    """The host of a tcp endpoint."""
+    host, _, port = endpoint.partition("://")[2].rpartition(":")
+    if not (port == "*" or (port.isascii() and port.isdecimal() and int(port) < 65536)) or not host:
+        raise InvalidArgument(f"{source}: {key}: {endpoint!r} has no port: tcp://ADDRESS:PORT")
+    return host
+
+
+def _check_tcp(tcp: TcpSection, source: str) -> None:
+    for key in ("endpoint", "events_endpoint"):
+        endpoint = getattr(tcp, key)
+        if bool(tcp.endpoint) != bool(tcp.events_endpoint):
+            raise InvalidArgument(f"{source}: tcp.{key}: endpoint and events_endpoint are set both, or neither")
+        if endpoint and not endpoint.startswith("tcp://"):
+            raise InvalidArgument(f"{source}: tcp.{key}: {endpoint!r} is not tcp://ADDRESS:PORT")
+        if endpoint:
+            _check_address(endpoint, f"tcp.{key}", source)
+    if tcp.endpoint and tcp.endpoint == tcp.events_endpoint and not tcp.endpoint.endswith(":*"):
+        raise InvalidArgument(f"{source}: tcp.events_endpoint: {tcp.endpoint!r} is the router's endpoint already")
+
+
+def _check_rights(config: Config, source: str) -> None:
+    for key, find in (("socket_owner", places.user_id), ("socket_group", places.group_id)):
+        try:
+            find(getattr(config, key))
+        except InvalidArgument as error:
+            raise InvalidArgument(f"{source}: {key}: {error.message}") from None
+    if config.socket_role not in ROLES:
+        raise InvalidArgument(f"{source}: socket_role: {config.socket_role!r} is not {', '.join(ROLES)}")
 
 
 def _check_order(limits: msgspec.Struct, low: str, high: str, where: str, source: str) -> None:
@@ -296,7 +377,12 @@ def _check_numbers(table: dict[str, Any], where: str, source: str) -> None:
                 raise InvalidArgument(f"{source}: {where}{key}: must be above 0 and at most {highest}, not {value}")
 
 
-MAY_BE_NOTHING: Final = frozenset(("workers", "hands", "pool_min", "reserve_bytes", "reserve_inodes", "ballast_bytes"))
+MAY_BE_NOTHING: Final = frozenset(
+    (
+        "workers", "hands", "pool_min", "reserve_bytes", "reserve_inodes", "ballast_bytes",
+        "socket_owner", "socket_group",
+    )
+)  # fmt: skip
 """Numbers that may be 0, which switches something off or leaves it to the backend."""
 LAYERS_MAX: Final = 500
 """Most lower layers of an overlay, by the kernel."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import anyio
+import msgspec
 import zmq
 
 from broker.sockets import Port
@@ -18,6 +19,8 @@ from snapbroker.protocol import EVENT_VERSION, Heartbeat, encode, event_frames, 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from broker.audience import Audience
 
 
 class Limits(Protocol):
@@ -52,6 +55,7 @@ class Publisher:
         self._subscriptions: set[bytes] = set()
         self._beats: dict[str, _Beat] = {}
         self._published = 0
+        self.remote: Audience | None = None
         self.port = Port(socket, self._subscribed)
 
     def _subscribed(self, frames: list[bytes]) -> None:
@@ -69,6 +73,10 @@ class Publisher:
             beat.topics.update(newest)
             if len(beat.topics) > self._limits.heartbeat_topics_max:
                 beat.topics = None
+        if self.remote is not None and self.remote.listening:
+            for position in range(0, len(frames), 3):
+                topic, sequence, body = frames[position : position + 3]
+                self.remote.send((topic, EVENT_VERSION, sequence, body))
         if not self._subscriptions:
             return
         for position in range(0, len(frames), 3):
@@ -90,10 +98,13 @@ class Publisher:
                 self._beats[snapshotter] = _Beat(beat.sequence, beat.sequence)
 
     def _send_beat(self, snapshotter: str, beat: _Beat) -> None:
-        body = encode(
-            Heartbeat(sequence=beat.sequence, previous=beat.previous, time=time.time_ns(), topics=beat.topics)
-        )
-        self.port.send(event_frames(heartbeat_topic(snapshotter), beat.sequence, body))
+        heartbeat = Heartbeat(sequence=beat.sequence, previous=beat.previous, time=time.time_ns(), topics=beat.topics)
+        topic = heartbeat_topic(snapshotter)
+        self.port.send(event_frames(topic, beat.sequence, encode(heartbeat)))
+        if self.remote is not None:
+            # Topics name namespaces, which are not everybody's business there.
+            silent = msgspec.structs.replace(heartbeat, topics=None)
+            self.remote.send(event_frames(topic, beat.sequence, encode(silent)))
 
     def statistics(self) -> dict[str, int]:
         """For `status`."""

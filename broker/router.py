@@ -8,18 +8,21 @@ told so in the same moment.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 import zmq
 
+from broker.access import WHOLE, Denials, Grant, decode_grant
 from broker.actor import mailbox
-from broker.sockets import Port
+from broker.gate import Gate, is_generated, told_user
+from broker.sockets import FramePort, Port
 from snapbroker.errors import (
     BrokerError,
     InvalidArgument,
     NotFound,
+    PermissionDenied,
     ResourceExhausted,
     Unavailable,
     Unimplemented,
@@ -37,9 +40,14 @@ from snapbroker.protocol import (
 
 if TYPE_CHECKING:
     from broker.actor.supervisor import Actor
+    from broker.keys import Entry
 
 log = structlog.get_logger()
 
+
+REMOTE: Final = b"\0remote:"
+"""Before the identity of who came in by the remote socket: no identity of the local one can begin so, as those that
+libzmq makes have five bytes and those that clients choose do not begin with a zero."""
 
 _decode_newest = decoder(dict[str, int]).decode
 
@@ -92,23 +100,43 @@ class Router:
         context: zmq.Context[zmq.Socket[bytes]],
         endpoint: str,
         limits: Limits,
-        own: Callable[[bytes], bytes],
+        own: Callable[[bytes, Grant | None, bool], bytes],
         publish: Callable[[str, dict[str, int], Sequence[bytes]], None],
+        local: bytes = WHOLE,
     ) -> None:
         self._limits = limits
         self._own = own
         self._publish = publish
         self._lanes: dict[bytes, Lane] = {}
+        self._local = local
+        self._local_grant = decode_grant(local) if local else None
         self._dropped = 0
         self._stopping = False
-        front = context.socket(zmq.ROUTER)
-        front.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        front.setsockopt(zmq.SNDHWM, limits.send_queue_max)
-        front.setsockopt(zmq.RCVHWM, limits.send_queue_max)
-        front.setsockopt(zmq.MAXMSGSIZE, BODY_BYTES_MAX + 1)
+        self._denials = Denials("a request was refused")
+        self._gate: Gate | None = None
+        front = self._socket(context)
         front.bind(endpoint)
         self.endpoint = front.getsockopt_string(zmq.LAST_ENDPOINT)
         self.front = Port(front, self._from_client)
+        self.remote: FramePort | None = None
+        self.remote_endpoint = ""
+
+    def _socket(self, context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+        front = context.socket(zmq.ROUTER)
+        front.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        front.setsockopt(zmq.SNDHWM, self._limits.send_queue_max)
+        front.setsockopt(zmq.RCVHWM, self._limits.send_queue_max)
+        front.setsockopt(zmq.MAXMSGSIZE, BODY_BYTES_MAX + 1)
+        return front
+
+    def open_remote(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, gate: Gate) -> None:
+        """Serve those as well whom the gate lets in."""
+        front = self._socket(context)
+        gate.guard(front, endpoint)
+        front.bind(endpoint)
+        self._gate = gate
+        self.remote_endpoint = front.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.remote = FramePort(front, told_user(self._from_remote))
 
     def add(self, actor: Actor) -> None:
         """Serve an actor's name."""
@@ -122,11 +150,35 @@ class Router:
             return
         client, version, request_id, target, body = frames
         try:
-            self._route(client, version, request_id, target, body)
+            self._route(client, version, request_id, target, body, self._local, self._local_grant)
         except BrokerError as error:
             self._answer(client, request_id, error)
 
-    def _route(self, client: bytes, version: bytes, request_id: bytes, target: bytes, body: bytes) -> None:
+    def _from_remote(self, key: str, frames: list[bytes]) -> None:
+        if self._gate is None or len(frames) != 5 or not 0 < len(frames[2]) <= REQUEST_ID_BYTES_MAX:
+            self._dropped += 1
+            return
+        identity, version, request_id, target, body = frames
+        client = REMOTE + identity
+        try:
+            entry = self._gate.entry(key)
+            if not is_generated(identity):
+                # Replies go to an identity: whoever chooses that of somebody who left would get theirs.
+                raise InvalidArgument("a remote client must not choose its routing id: leave ZMQ_ROUTING_ID unset")
+            self._route(client, version, request_id, target, body, entry.frame, entry.grant)
+        except BrokerError as error:
+            self._answer(client, request_id, error)
+
+    def _route(
+        self,
+        client: bytes,
+        version: bytes,
+        request_id: bytes,
+        target: bytes,
+        body: bytes,
+        frame: bytes,
+        grant: Grant | None,
+    ) -> None:
         if version != REQUEST_VERSION:
             raise Unimplemented(f"this broker speaks {REQUEST_VERSION!r}, not {version[:16]!r}")
         if self._stopping:
@@ -134,11 +186,17 @@ class Router:
         if len(body) > BODY_BYTES_MAX:
             raise InvalidArgument(f"a body of {len(body)} bytes is longer than {BODY_BYTES_MAX}")
         if not target:
-            self.front.send((client, REQUEST_VERSION, request_id, DONE, self._own(body)))
+            self._send(client, request_id, DONE, self._own(body, grant, client.startswith(REMOTE)))
             return
+        if grant is not None and not grant.reaches(target.decode(errors="replace")):
+            self._denials.add(client=grant.client, target=target[:64].decode(errors="replace"))
+            raise PermissionDenied(
+                f"{grant.client!r} may not use snapshotter {target[:64].decode(errors='replace')!r}",
+                {"snapshotters": list(grant.snapshotters or ())},
+            )
         lane = self._lanes.get(target)
         if lane is None:
-            names = sorted(name.decode() for name in self._lanes)
+            names = sorted(name.decode() for name in self._lanes if grant is None or grant.reaches(name.decode()))
             raise NotFound(
                 f"no snapshotter {target[:64].decode(errors='replace')!r}; there are: {', '.join(names) or 'none'}",
                 {"snapshotters": names},
@@ -148,9 +206,9 @@ class Router:
                 f"snapshotter {lane.actor.name!r} is {lane.actor.state}, repeat in a moment",
                 {"retry_after_ms": max(lane.actor.retry_after_ms, 100)},
             )
-        self._admit(lane, client, request_id, body)
+        self._admit(lane, client, request_id, body, frame)
 
-    def _admit(self, lane: Lane, client: bytes, request_id: bytes, body: bytes) -> None:
+    def _admit(self, lane: Lane, client: bytes, request_id: bytes, body: bytes, grant: bytes) -> None:
         key = (client, request_id)
         if key in lane.open:
             raise InvalidArgument("this request id is still open: use another one")
@@ -163,13 +221,31 @@ class Router:
             )
         arrival = time.monotonic_ns()
         link = lane.actor.link
-        if link is None or not link.send((mailbox.REQUEST, client, request_id, mailbox.U64.pack(arrival), body)):
+        if link is None or not link.send((mailbox.REQUEST, client, request_id, mailbox.U64.pack(arrival), grant, body)):
             raise Unavailable(f"snapshotter {lane.actor.name!r} is not connected, repeat in a moment")
         lane.add(key, len(body), arrival)
 
     def _answer(self, client: bytes, request_id: bytes, error: BrokerError) -> None:
         body = encode(Reply(error=fault(error)))
-        self.front.send((client, REQUEST_VERSION, request_id, DONE, body))
+        self._send(client, request_id, DONE, body)
+
+    def _send(self, client: bytes, request_id: bytes, status: bytes, body: bytes) -> None:
+        """One part of a reply, by the socket that the request came in by."""
+        if client.startswith(REMOTE) and self.remote is not None:
+            self.remote.send((client[len(REMOTE) :], REQUEST_VERSION, request_id, status, body))
+        else:
+            self.front.send((client, REQUEST_VERSION, request_id, status, body))
+
+    def regrant(self, before: Mapping[str, Entry], after: Mapping[str, Entry]) -> None:
+        """Tell the actors whose grant is another one, so that no stream outlives it."""
+        for key, entry in before.items():
+            found = after.get(key)
+            frame = found.frame if found is not None else b""
+            if frame == entry.frame:
+                continue
+            for lane in self._lanes.values():
+                if lane.actor.link is not None:
+                    lane.actor.link.send((mailbox.GRANT, key.encode(), frame))
 
     # Actors.
 
@@ -180,7 +256,7 @@ class Router:
             _, client, request_id, status, body = frames
             if status == DONE:
                 self._lanes[actor.name.encode()].done((client, request_id), time.monotonic_ns())
-            self.front.send((client, REQUEST_VERSION, request_id, status, body))
+            self._send(client, request_id, status, body)
         elif kind == mailbox.EVENTS:
             self._publish(actor.name, _decode_newest(frames[1]), frames[2:])
         elif kind == mailbox.REPORT:
@@ -215,7 +291,9 @@ class Router:
 
     def statistics(self) -> dict[str, dict[str, int]]:
         """For `status`."""
-        queues = {"router": {**self.front.statistics(), "dropped": self._dropped}}
+        queues = {"router": {**self.front.statistics(), "dropped": self._dropped, "denied": self._denials.count}}
+        if self.remote is not None:
+            queues["router.remote"] = self.remote.statistics()
         for lane in self._lanes.values():
             queues[f"mailbox.{lane.actor.name}"] = {
                 "open": len(lane.open),

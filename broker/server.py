@@ -8,7 +8,7 @@ import socket
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import anyio
 import msgspec
@@ -16,24 +16,31 @@ import structlog
 import zmq
 
 from backends import registry
+from broker import places, privileges
+from broker.access import Grant, local_grant
 from broker.actor.supervisor import Actor, Supervisor, figures
+from broker.audience import Audience
 from broker.config import Config, SnapshotterSection
+from broker.gate import Gate
+from broker.keys import Entry, Keyring
 from broker.lock import lock_directory
 from broker.publisher import Publisher
 from broker.router import Router
-from broker.snapshotter.actor import Setup
+from broker.snapshotter.actor import Setup, kept_by
 from broker.snapshotter.space import Ballast
 from snapbroker.errors import BrokerError, FailedPrecondition, Unimplemented
-from snapbroker.protocol import Outcome, Reply, Status, StatusAnswer, decode_request, encode, fault
+from snapbroker.protocol import ActorStatus, Outcome, Reply, Status, StatusAnswer, decode_request, encode, fault
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from backends.api import Support
 
 log = structlog.get_logger()
 
 ACTOR_MODULE = "broker.snapshotter"
+STARTING: Final = frozenset(("chown", "dac_override", "fowner", "fsetid", "setpcap", "sys_admin", "net_bind_service"))
+"""Capabilities for a start: making directories, giving sockets away, trying mounts, dropping the others."""
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,34 +100,71 @@ class Server:
         self._started = time.monotonic()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._context.set(zmq.MAX_SOCKETS, 4096)
+        with privileges.lowered():
+            # libzmq's threads start with its first socket, and keep the capabilities that they are born with.
+            self._context.socket(zmq.PAIR).close()
         runtime = config.runtime_path
         self._lock = lock_directory(runtime, "--runtime", mode=0o755)
+        places.check_runtime(runtime)
         for finding in findings:
             os.close(lock_directory(Path(finding.root), "--root"))
         for endpoint in (config.router_endpoint, config.publisher_endpoint):
             refuse_taken(endpoint)
-        old = os.umask(0o777 & ~config.socket_mode)
+        owner, group = places.user_id(config.socket_owner), places.group_id(config.socket_group)
+        rights = (owner, group, config.socket_mode)
         try:
-            self._publisher = Publisher(self._context, config.publisher_endpoint, config.publisher)
-            self._router = Router(
-                self._context,
+            self._publisher = places.bind_local(
+                lambda: Publisher(self._context, config.publisher_endpoint, config.publisher),
+                config.publisher_endpoint,
+                *rights,
+            )
+            self._router = places.bind_local(
+                lambda: Router(
+                    self._context,
+                    config.router_endpoint,
+                    config.router,
+                    self._own,
+                    self._publisher.publish,
+                    local_grant(config.socket_role),
+                ),
                 config.router_endpoint,
-                config.router,
-                self._own,
-                self._publisher.publish,
+                *rights,
             )
         except zmq.ZMQError as error:
             raise FailedPrecondition(
                 f"cannot bind {config.router_endpoint} and {config.publisher_endpoint}: {error.strerror}: "
                 "choose another --runtime or other endpoints"
             ) from None
-        finally:
-            os.umask(old)
+        self._gate: Gate | None = None
+        if config.tcp.endpoint:
+            self._gate = self._open_remote([finding.name for finding in findings])
         self._supervisor = Supervisor(config.supervisor)
         self._unsettled = {finding.name for finding in findings}
         self._told_ready = False
         for finding in findings:
             self._add(finding)
+
+    def _open_remote(self, snapshotters: Sequence[str]) -> Gate:
+        """The second pair of sockets, for those with keys."""
+        config = self._config
+        gate = Gate(self._context, Keyring(config.keys_path, config.tcp.reread_ms), config.tcp)
+        try:
+            self._publisher.remote = Audience(
+                self._context, config.tcp.events_endpoint, gate, snapshotters, config.publisher.send_queue_max
+            )
+            self._router.open_remote(self._context, config.tcp.endpoint, gate)
+        except zmq.ZMQError as error:
+            raise FailedPrecondition(
+                f"cannot bind {config.tcp.endpoint} and {config.tcp.events_endpoint}: {error.strerror}: choose other "
+                "endpoints in [tcp]"
+            ) from None
+        return gate
+
+    def _keys_changed(self, before: Mapping[str, Entry], after: Mapping[str, Entry]) -> None:
+        log.info("the keys have changed", keys=len(after))
+        self._router.regrant(before, after)
+        if self._publisher.remote is not None:
+            self._publisher.remote.changed(before, after)
 
     def _add(self, finding: Finding) -> None:
         section = finding.section
@@ -164,11 +208,12 @@ class Server:
             if self._told_ready:
                 notify("READY=1")
 
-    def _own(self, body: bytes) -> bytes:
+    def _own(self, body: bytes, grant: Grant | None, remote: bool) -> bytes:
         """Answer a request to the broker itself."""
         try:
             request = decode_request(body)
-            answer = msgspec.Raw(encode(self.status()))
+            status = self.status(remote=remote)
+            answer = msgspec.Raw(encode(status if grant is None or grant.whole else _shown_to(grant, status)))
             outcomes = tuple(
                 Outcome(call=index, ok=answer)
                 if isinstance(call, Status)
@@ -182,16 +227,23 @@ class Server:
         except BrokerError as error:
             return encode(Reply(error=fault(error)))
 
-    def status(self) -> StatusAnswer:
-        """The broker's and every snapshotter's figures."""
+    def status(self, *, remote: bool = False) -> StatusAnswer:
+        """The broker's and every snapshotter's figures; the endpoints are those of the same pair of sockets."""
+        queues = {**self._router.statistics(), "publisher": self._publisher.statistics()}
+        endpoints = (self._router.endpoint, self._publisher.endpoint)
+        if self._gate is not None and self._publisher.remote is not None:
+            queues["access"] = self._gate.statistics()
+            queues["publisher.remote"] = self._publisher.remote.statistics()
+            if remote:
+                endpoints = (self._router.remote_endpoint, self._publisher.remote.endpoint)
         return StatusAnswer(
             version=version(),
             pid=os.getpid(),
             uptime_seconds=time.monotonic() - self._started,
             resident_bytes=figures(os.getpid()).resident_bytes,
-            endpoint=self._router.endpoint,
-            events_endpoint=self._publisher.endpoint,
-            queues={**self._router.statistics(), "publisher": self._publisher.statistics()},
+            endpoint=endpoints[0],
+            events_endpoint=endpoints[1],
+            queues=queues,
             snapshotters=self._supervisor.statuses(),
         )
 
@@ -202,12 +254,18 @@ class Server:
             endpoint=self._router.endpoint,
             events=self._publisher.endpoint,
             snapshotters=list(self._supervisor.actors),
+            remote=self._router.remote_endpoint,
         )
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._router.front.run)
                 tasks.start_soon(self._publisher.port.run)
                 tasks.start_soon(self._publisher.beat)
+                if self._gate is not None and self._router.remote is not None and self._publisher.remote is not None:
+                    tasks.start_soon(self._gate.port.run)
+                    tasks.start_soon(self._router.remote.run)
+                    tasks.start_soon(self._publisher.remote.run)
+                    tasks.start_soon(self._gate.watch, self._keys_changed)
                 await self._supervise()
                 tasks.cancel_scope.cancel()
         finally:
@@ -233,12 +291,38 @@ class Server:
         """Let go of sockets and places."""
         self._router.front.close()
         self._publisher.port.close()
+        if self._gate is not None and self._router.remote is not None and self._publisher.remote is not None:
+            self._router.remote.close()
+            self._publisher.remote.close()
+            self._gate.port.close()
         self._context.term()
         for path in (self._config.router_endpoint, self._config.publisher_endpoint):
             if path.startswith("ipc://"):
                 Path(path.removeprefix("ipc://")).unlink(missing_ok=True)
         os.close(self._lock)
         log.info("stopped")
+
+
+def _shown_to(grant: Grant, status: StatusAnswer) -> StatusAnswer:
+    """Of the status what tells nothing of other namespaces and snapshotters."""
+    return StatusAnswer(
+        version=status.version,
+        pid=0,
+        uptime_seconds=0.0,
+        resident_bytes=0,
+        endpoint=status.endpoint,
+        events_endpoint=status.events_endpoint,
+        snapshotters=tuple(
+            ActorStatus(name=one.name, backend=one.backend, state=one.state, capabilities=one.capabilities)
+            for one in status.snapshotters
+            if grant.reaches(one.name)
+        ),
+    )
+
+
+def privileges_of(findings: Sequence[Finding]) -> frozenset[str]:
+    """The capabilities that the actors need: for opening their backends, and after it."""
+    return STARTING.union(*(kept_by(registry.load(finding.backend)) for finding in findings))
 
 
 def refuse_taken(endpoint: str) -> None:

@@ -46,19 +46,26 @@ class Port:
         self._draining = False
         self._again = False
         self._closed = False
+        self._listening: asyncio.AbstractEventLoop | None = None
         self.received = 0
         self.sent = 0
         self.undeliverable = 0
 
     async def run(self) -> None:
         """Drain whenever there is something, until cancelled."""
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self._descriptor, self._drain_in_turns)
+        self._listening = asyncio.get_running_loop()
+        self._listening.add_reader(self._descriptor, self._drain_in_turns)
         try:
             self._drain_in_turns()
             await anyio.sleep_forever()
         finally:
-            loop.remove_reader(self._descriptor)
+            self._listen_no_more()
+
+    def _listen_no_more(self) -> None:
+        """Before the socket is closed: its descriptor's number may be another's a moment later."""
+        if self._listening is not None:
+            self._listening.remove_reader(self._descriptor)
+            self._listening = None
 
     def _drain_in_turns(self) -> None:
         """Drain, and go on in the loop's next turn where there is more than belongs in one."""
@@ -113,11 +120,46 @@ class Port:
             self._drain_soon()
         return True
 
+    @property
+    def closed(self) -> bool:
+        """Whether the socket is closed."""
+        return self._closed
+
     def statistics(self) -> dict[str, int]:
         """For `status`."""
         return {"received": self.received, "sent": self.sent, "undeliverable": self.undeliverable}
 
-    def close(self) -> None:
+    def close(self, linger_ms: int = 200) -> None:
         """Close the socket, giving what is under way a moment."""
         self._closed = True
-        self._socket.close(linger=200)
+        self._listen_no_more()
+        self._socket.close(linger=linger_ms)
+
+
+FrameHandler = Callable[[list[zmq.Frame]], None]
+
+
+class FramePort(Port):
+    """A socket whose handler is told what libzmq knows of a message beside its bytes; it may close the port."""
+
+    def __init__(self, socket: zmq.Socket[bytes], handler: FrameHandler) -> None:
+        super().__init__(socket, lambda _frames: None)
+        self._frame_handler = handler
+
+    def drain(self) -> bool:
+        """Hand every waiting message to the handler; whether there may be more."""
+        if self._draining or self._closed:
+            return False
+        self._draining = True
+        try:
+            for _ in range(DRAIN_MAX):
+                frames = self._socket.recv_multipart(_NOBLOCK, copy=False)
+                self.received += 1
+                self._frame_handler(frames)
+                if self.closed:
+                    return False
+        except zmq.Again:
+            return False
+        finally:
+            self._draining = False
+        return True

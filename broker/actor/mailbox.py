@@ -1,6 +1,7 @@
 """The messages between the router and an actor, and the actor's end of their line.
 
-router to actor:  REQUEST, client's identity, request id, arrival (8 bytes, monotonic nanoseconds), body
+router to actor:  REQUEST, client's identity, request id, arrival (8 bytes, monotonic nanoseconds), grant, body
+                  GRANT, key, grant   what the owner of a key may do has changed; the empty grant: nothing
                   STOP
 actor to router:  READY, body         once, when it serves
                   REPLY, client's identity, request id, MORE or DONE, body
@@ -22,6 +23,7 @@ from snapbroker.protocol import encode
 
 REQUEST: Final = b"Q"
 STOP: Final = b"X"
+GRANT: Final = b"G"
 READY: Final = b"U"
 REPLY: Final = b"R"
 EVENTS: Final = b"E"
@@ -36,11 +38,13 @@ class Mailbox:
     def __init__(
         self,
         link: Link,
-        on_request: Callable[[bytes, bytes, int, bytes], None],
+        on_request: Callable[[bytes, bytes, int, bytes, bytes], None],
         on_stop: Callable[[], None],
+        on_grant: Callable[[bytes, bytes], None] = lambda _key, _grant: None,
     ) -> None:
         self._link = link
         self._on_request = on_request
+        self._on_grant = on_grant
         self._on_stop = on_stop
 
     def open(self) -> None:
@@ -49,8 +53,10 @@ class Mailbox:
 
     def _received(self, frames: list[bytes]) -> None:
         if frames[0] == REQUEST:
-            _, client, request_id, arrival, body = frames
-            self._on_request(client, request_id, U64.unpack(arrival)[0], body)
+            _, client, request_id, arrival, grant, body = frames
+            self._on_request(client, request_id, U64.unpack(arrival)[0], grant, body)
+        elif frames[0] == GRANT:
+            self._on_grant(frames[1], frames[2])
         elif frames[0] == STOP:
             self._on_stop()
 

@@ -68,7 +68,11 @@ def figures(pid: int) -> Figures:
         process = psutil.Process(pid)
         with process.oneshot():
             cpu = process.cpu_times()
-            return Figures(process.memory_info().rss, cpu.user + cpu.system, process.num_fds())
+            found = Figures(process.memory_info().rss, cpu.user + cpu.system)
+            # A process with capabilities shows its descriptors to none without: it tells them itself.
+            with suppress(psutil.AccessDenied):
+                found.open_files = process.num_fds()
+            return found
     except (psutil.Error, OSError):
         return Figures()
 
@@ -250,7 +254,7 @@ class Supervisor:
             restarts=actor.restarts,
             resident_bytes=seen.resident_bytes,
             cpu_seconds=seen.cpu_seconds,
-            open_files=seen.open_files,
+            open_files=seen.open_files or reported.open_files,
             sequence=reported.sequence,
             snapshots=reported.snapshots,
             capabilities=reported.capabilities,

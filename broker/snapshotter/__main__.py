@@ -11,11 +11,11 @@ import msgspec
 import structlog
 
 from backends import failpoints
-from broker import logs
+from broker import logs, privileges
 from broker.actor.lineage import die_with_parent
 from broker.actor.link import Link
 from broker.actor.mailbox import Mailbox
-from broker.snapshotter.actor import Setup, SnapshotterActor
+from broker.snapshotter.actor import Setup, SnapshotterActor, kept_by
 from snapbroker.errors import BrokerError
 
 REPORT_INTERVAL_S = 1.0
@@ -50,13 +50,20 @@ async def serve(setup: Setup, line: socket.socket) -> None:
     """Connect the mailbox to the snapshotter."""
     actor: SnapshotterActor
 
-    def receive(client: bytes, request_id: bytes, arrival: int, body: bytes) -> None:
+    def receive(client: bytes, request_id: bytes, arrival: int, grant: bytes, body: bytes) -> None:
         if actor.service is not None:
-            actor.service.receive(client, request_id, arrival, body)
+            actor.service.receive(client, request_id, arrival, body, grant)
+
+    def regrant(key: bytes, grant: bytes) -> None:
+        if actor.service is not None:
+            actor.service.regrant(key, grant)
 
     link = Link(line)
-    mailbox = Mailbox(link, receive, lambda: actor.stop())
-    actor = SnapshotterActor(setup, mailbox.reply, mailbox.events)
+    mailbox = Mailbox(link, receive, lambda: actor.stop(), regrant)
+    # Before the first thread and the first child: both have what their starter has.
+    actor = SnapshotterActor(
+        setup, mailbox.reply, mailbox.events, lambda backend: privileges.keep(kept_by(type(backend)))
+    )
 
     async def report() -> None:
         while True:

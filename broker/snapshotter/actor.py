@@ -16,7 +16,8 @@ import msgspec
 import structlog
 
 from backends import registry
-from backends.api import Copying, Pooled
+from backends.api import Backend, Copying, Pooled
+from broker import privileges
 from broker.lock import lock_directory
 from broker.snapshotter.audits import Audits, OnlineAccess
 from broker.snapshotter.crew import Crew
@@ -59,10 +60,21 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     log_format: str = "json"
 
 
+def kept_by(backend: type[Any]) -> frozenset[str]:
+    """The capabilities that a backend needs once it is open; all, where it does not say."""
+    return frozenset(getattr(backend, "privileges", privileges.ALL))
+
+
 class SnapshotterActor:
     """The actor; `run` serves until `stop` was called and everything accepted is finished."""
 
-    def __init__(self, setup: Setup, send: Send, publish: Callable[[list[tuple[str, int, bytes]]], None]) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        send: Send,
+        publish: Callable[[list[tuple[str, int, bytes]]], None],
+        opened: Callable[[Backend], None] = lambda _backend: None,
+    ) -> None:
         self._setup = setup
         self._send = send
         self._publish = publish
@@ -76,6 +88,7 @@ class SnapshotterActor:
         backend_type = registry.load(setup.backend)
         self.backend = backend_type.open(root, msgspec.convert(setup.options, backend_type.Options))
         check_not_lost(root, Path(setup.metadata))
+        opened(self.backend)
         self._environment = Environment(Path(setup.metadata), limits.store)
         check_not_older(root, self._environment)
         self._outcomes = Outcomes(self._environment, limits.outcomes)
@@ -221,6 +234,7 @@ class SnapshotterActor:
                 backend=self._setup.backend,
                 state="ready",
                 pid=os.getpid(),
+                open_files=len(os.listdir("/proc/self/fd")),
                 sequence=self._reader.newest(),
                 snapshots=self._reader.count(),
                 capabilities=tuple(sorted(self.backend.capabilities)),

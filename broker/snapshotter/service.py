@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -19,6 +19,7 @@ from anyio.abc import TaskGroup
 
 from backends.api import Snapshot, Task
 from backends.failpoints import reach
+from broker.access import WHOLE, Denials, Grant, decode_grant
 from broker.snapshotter.errors import error_of
 from broker.snapshotter.operations import Delivery, Operation, Result
 from broker.snapshotter.writer import Errand
@@ -31,7 +32,9 @@ from snapbroker.errors import (
     Internal,
     InvalidArgument,
     NotFound,
+    PermissionDenied,
     ResourceExhausted,
+    Unauthenticated,
     Unavailable,
     Unimplemented,
 )
@@ -76,6 +79,8 @@ PART_BYTES_MAX: Final = 4 * 1024 * 1024
 """Outcomes gathered before a part is sent."""
 _WRITES: Final = frozenset((Prepare, View, Commit, Remove, Update))
 _MILLISECOND: Final = 1_000_000
+NOTHING: Final[Mapping[int, BrokerError]] = {}
+"""What is refused where nothing is."""
 
 
 class ServiceLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -108,9 +113,12 @@ class Ticket:
         "bytes",
         "client",
         "closed",
+        "ended",
+        "grant",
         "missing",
         "operations",
         "outcomes",
+        "request",
         "request_id",
         "scopes",
         "service",
@@ -125,6 +133,9 @@ class Ticket:
         self.bytes = 0
         self.closed = False
         self.abandoned = False
+        self.grant: Grant | None = None
+        self.request: Request | None = None
+        self.ended: dict[int, BrokerError] = {}
         self.operations: list[Operation] = []
         self.scopes: dict[int, anyio.CancelScope] = {}
 
@@ -134,6 +145,8 @@ class Ticket:
             self.outcomes.append(Outcome(call=index, ok=msgspec.Raw(result)))
             self.bytes += len(result)
         else:
+            if self.ended:
+                result = self.ended.get(index, result)
             if self.abandoned and isinstance(result, Cancelled):
                 # The caller did not take it back, and may repeat it: cancelled would say neither.
                 result = Unavailable(
@@ -181,6 +194,12 @@ class Ticket:
             if not calls or number in calls:
                 scope.cancel()
 
+    def end(self, index: int, error: BrokerError) -> None:
+        """End one stream with this error."""
+        if index in self.scopes:
+            self.ended[index] = error
+            self.scopes[index].cancel()
+
     def abandon(self) -> None:
         """Take back what is not done yet because the snapshotter stops: the caller is told to repeat it."""
         self.abandoned = True
@@ -221,10 +240,11 @@ class Service:
         self._stopping = False
         self._requests = 0
         self._calls = 0
+        self._denials = Denials("a call was refused")
 
     # In.
 
-    def receive(self, client: bytes, request_id: bytes, arrival: int, body: bytes) -> None:
+    def receive(self, client: bytes, request_id: bytes, arrival: int, body: bytes, grant: bytes = WHOLE) -> None:
         """Take a request; whatever it is, it gets a reply and nothing is raised."""
         self._requests += 1
         try:
@@ -232,7 +252,11 @@ class Service:
                 raise Unavailable("the snapshotter is stopping, repeat in a moment", {"retry_after_ms": 1000})
             request = decode_request(body)
             check_namespace(request.namespace)
-            self._accept(Ticket(self, client, request_id, len(request.calls)), request, arrival)
+            ticket = Ticket(self, client, request_id, len(request.calls))
+            if grant:
+                self._accept_some(ticket, request, arrival, decode_grant(grant))
+            else:
+                self._accept(ticket, request, arrival)
         except Exception as error:
             self._refuse(client, request_id, error_of(error, "the request"))
 
@@ -243,15 +267,73 @@ class Service:
             ticket.closed = True
         self.send(client, request_id, DONE, encode(Reply(error=fault(error))))
 
-    def _accept(self, ticket: Ticket, request: Request, arrival: int) -> None:
+    def _accept_some(self, ticket: Ticket, request: Request, arrival: int, grant: Grant) -> None:
+        """Take a request of who may not do everything: each call that may not be gets its refusal."""
+        ticket.grant, ticket.request = grant, request
+        refused: dict[int, BrokerError] = {}
+        for index, call in enumerate(request.calls):
+            error = grant.refusal(call, request.namespace) or self._unseen(grant, call, request.namespace)
+            if error is not None:
+                refused[index] = error
+                self._denials.add(client=grant.client, reason=error.message)
+        if refused and request.atomic:
+            first = min(refused)
+            for index in range(len(request.calls)):
+                if index not in refused:
+                    refused[index] = Cancelled(f"call {first} of the atomic request may not be: nothing was executed")
+        self._accept(ticket, request, arrival, refused)
+
+    def _unseen(self, grant: Grant, call: Any, namespace: str) -> BrokerError | None:
+        """The refusal of an events call that asks for what the client may not see."""
+        if isinstance(call, Events):
+            try:
+                grant.narrowed(self._topics(call, namespace, None), self._snapshotter)
+            except PermissionDenied as error:
+                return error
+            except BrokerError:
+                return None  # Malformed: it has its own answer.
+        return None
+
+    def regrant(self, key: bytes, frame: bytes) -> None:
+        """End the streams that the owner of a key could not begin any more."""
+        grant = decode_grant(frame) if frame else None
+        for ticket in list(self._open.values()):
+            if ticket.grant is None or ticket.request is None or ticket.grant.key.encode() != key:
+                continue
+            for index in list(ticket.scopes):
+                error = self._no_more(ticket.request.calls[index], ticket.request.namespace, ticket.grant, grant)
+                if error is not None:
+                    self._denials.add(client=ticket.grant.client, reason=error.message)
+                    ticket.end(index, error)
+
+    def _no_more(self, call: Any, namespace: str, before: Grant, grant: Grant | None) -> BrokerError | None:
+        if grant is None:
+            return Unauthenticated("this key was revoked: ask whoever keeps the broker's keys")
+        error = grant.refusal(call, namespace) or self._unseen(grant, call, namespace)
+        if (
+            error is None
+            and isinstance(call, Events)
+            and grant.prefixes((self._snapshotter,)) != before.prefixes((self._snapshotter,))
+        ):
+            return Unavailable("what this key may see has changed: ask again", {"retry_after_ms": 1})
+        return error
+
+    def _accept(
+        self, ticket: Ticket, request: Request, arrival: int, refused: Mapping[int, BrokerError] = NOTHING
+    ) -> None:
         self._calls += len(request.calls)
         deadline = self._deadline(request, arrival)
         self._open[ticket.client, ticket.request_id] = ticket
-        if request.atomic and len(request.calls) > 1:
+        for index, error in refused.items():
+            ticket.settle(index, error)
+        if request.atomic and len(request.calls) > 1 and not refused:
             self._accept_atomic(ticket, request, deadline)
             return
+        calls: Iterable[tuple[int, Any]] = enumerate(request.calls)
+        if refused:
+            calls = [(index, call) for index, call in calls if index not in refused]
         operations: list[Operation] = []
-        self._answer_reads(ticket, request, deadline, operations)
+        self._answer_reads(ticket, request, calls, deadline, operations)
         if operations:
             ticket.operations = operations
             self._writer.submit(operations)
@@ -279,24 +361,31 @@ class Service:
         ticket.operations = [operation]
         self._writer.submit(ticket.operations)
 
-    def _answer_reads(self, ticket: Ticket, request: Request, deadline: int, operations: list[Operation]) -> None:
+    def _answer_reads(
+        self,
+        ticket: Ticket,
+        request: Request,
+        calls: Iterable[tuple[int, Any]],
+        deadline: int,
+        operations: list[Operation],
+    ) -> None:
         """Answer the reads, begin the streams, and gather the writes in their order."""
         namespace, reader = request.namespace, self._reader
         token = _token_of(request)
         active: list[tuple[int, Snapshot]] = []
         with reader.transaction() as txn:
-            for index, call in enumerate(request.calls):
+            for index, call in calls:
                 kind = type(call)
                 if kind in _WRITES:
                     operations.append(Operation(ticket, namespace, (call,), index, deadline, token))
                     continue
                 try:
                     if kind is Stat:
-                        ticket.settle(index, reader.stat(txn, namespace, call.key))  # type: ignore[union-attr]
+                        ticket.settle(index, reader.stat(txn, namespace, call.key))
                     elif kind is Mounts:
-                        ticket.settle(index, reader.mounts(txn, namespace, call.key, call.fence))  # type: ignore[union-attr]
+                        ticket.settle(index, reader.mounts(txn, namespace, call.key, call.fence))
                     elif kind is UsageOf:
-                        answer = reader.usage(txn, namespace, call.key)  # type: ignore[union-attr]
+                        answer = reader.usage(txn, namespace, call.key)
                         if isinstance(answer, bytes):
                             ticket.settle(index, answer)
                         else:
@@ -335,7 +424,7 @@ class Service:
             self._begin_stream(ticket, index, self._walk, call, page, deadline)
         elif isinstance(call, Events):
             _check_credit(call.credit)
-            topics = self._topics(call, namespace)
+            topics = self._topics(call, namespace, ticket.grant)
             self._begin_stream(ticket, index, self._events, call, self._reader.events(call, topics), deadline)
         elif isinstance(call, Cleanup):
             self._begin_stream(ticket, index, self._cleanup, namespace)
@@ -348,10 +437,11 @@ class Service:
         else:
             raise Unimplemented("status is asked of the broker itself: leave the target empty")
 
-    def _topics(self, call: Events, namespace: str) -> tuple[str, ...]:
+    def _topics(self, call: Events, namespace: str, grant: Grant | None) -> tuple[str, ...]:
         if len(call.topics) > FILTERS_MAX:
             raise InvalidArgument(f"{len(call.topics)} topics, more than {FILTERS_MAX}")
-        return call.topics or (topic(self._snapshotter, namespace, ""),)
+        topics = call.topics or (topic(self._snapshotter, namespace, ""),)
+        return topics if grant is None else grant.narrowed(topics, self._snapshotter)
 
     def _cancel(self, ticket: Ticket, index: int, call: Cancel) -> None:
         other = self._open.get((ticket.client, call.request))
@@ -600,6 +690,7 @@ class Service:
                 "streams_limit": self._limits.streams_max,
                 "requests": self._requests,
                 "calls": self._calls,
+                "denied": self._denials.count,
             }
         }
 

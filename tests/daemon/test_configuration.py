@@ -71,6 +71,20 @@ MISTAKES: Final = {
     "every-interface": ('endpoint = "tcp://*:5555"', "endpoint", "loopback"),
     "any-address": ('events_endpoint = "tcp://0.0.0.0:5555"', "events_endpoint", "loopback"),
     "looks-like-loopback": ('endpoint = "tcp://127.example.org:5555"', "endpoint", ""),
+    "without-keys": ('endpoint = "tcp://127.0.0.1:5555"', "endpoint", "insecure_tcp"),
+    "insecure-elsewhere": ('insecure_tcp = true\nendpoint = "tcp://10.0.0.1:5555"', "endpoint", "loopback"),
+    "owner-unknown": ('socket_owner = "nobody-has-it"', "socket_owner", "no user 'nobody-has-it'"),
+    "owner-negative": ("socket_owner = -1", "socket_owner", ""),
+    "owner-unchanged": (f"socket_owner = {2**32 - 1}", "socket_owner", "no user's number"),
+    "owner-list": ('socket_owner = ["root"]', "socket_owner", ""),
+    "group-unknown": ('socket_group = "nobody has it"', "socket_group", "no group 'nobody has it'"),
+    "role-unknown": ('socket_role = "king"', "socket_role", "read, write, admin"),
+    "tcp-half": ('[tcp]\nendpoint = "tcp://10.0.0.1:5555"', "tcp.endpoint", "both"),
+    "tcp-ipc": ('[tcp]\nendpoint = "ipc:///x"\nevents_endpoint = "ipc:///y"', "tcp.endpoint", "tcp://ADDRESS:PORT"),
+    "tcp-no-port": ('[tcp]\nendpoint = "tcp://h"\nevents_endpoint = "tcp://h:1"', "tcp.endpoint", "port"),
+    "tcp-same": ('[tcp]\nendpoint = "tcp://h:1"\nevents_endpoint = "tcp://h:1"', "tcp.events_endpoint", "already"),
+    "tcp-keys-relative": ('[tcp]\nkeys = "here"', "tcp.keys", "absolute"),
+    "tcp-unknown": ("[tcp]\nport = 1", "tcp", "port"),
     "no-port": ('endpoint = "tcp://127.0.0.1"', "endpoint", "port"),
     "same-endpoints": ('endpoint = "ipc:///run/x.sock"\nevents_endpoint = "ipc:///run/x.sock"', "events_endpoint", ""),
     "snapshotters-a-list": ("snapshotters = []", "snapshotters", ""),
@@ -191,8 +205,10 @@ def test_the_command_line_is_checked_like_a_file(tmp_path: Path, capsys: pytest.
     "text",
     [
         "",
-        'endpoint = "tcp://127.0.0.1:5555"\nevents_endpoint = "tcp://[::1]:5556"',
-        'endpoint = "tcp://localhost:*"',
+        'insecure_tcp = true\nendpoint = "tcp://127.0.0.1:5555"\nevents_endpoint = "tcp://[::1]:5556"',
+        'insecure_tcp = true\nendpoint = "tcp://localhost:*"',
+        'socket_owner = "root"\nsocket_group = 0\nsocket_mode = 0o660\nsocket_role = "read"',
+        '[tcp]\nendpoint = "tcp://*:7000"\nevents_endpoint = "tcp://[::]:7001"\nkeys = "/srv/keys"',
         f'[snapshotters.{"n" * 64}]\nbackend = "memory"',
         "[snapshotters.native.limits.pool]\npool_min = 0\n[snapshotters.native.limits.writer]\nworkers = 0",
         '[snapshotters.a]\nbackend = "native"\n[snapshotters.b]\nbackend = "native"',
@@ -384,7 +400,9 @@ def test_the_sockets_have_the_configured_mode(start_daemon: Callable[..., Daemon
 def test_endpoints_of_tcp(unstarted_daemon: Callable[..., Daemon]) -> None:
     ports = [port_nobody_uses(), port_nobody_uses()]
     endpoints = [f"tcp://127.0.0.1:{port}" for port in ports]
-    daemon = unstarted_daemon({"memory": {"backend": "memory"}}, endpoint=endpoints[0], events_endpoint=endpoints[1])
+    daemon = unstarted_daemon(
+        {"memory": {"backend": "memory"}}, endpoint=endpoints[0], events_endpoint=endpoints[1], insecure_tcp=True
+    )
     daemon.start()
     status = daemon.status()
     assert [status.endpoint, status.events_endpoint] == endpoints

@@ -364,7 +364,7 @@ async def test_a_broker_that_was_replaced_between_calls_is_simply_used(broker: B
     # Often: a call right after the break would sometimes be accepted by the queue of the old connection, and lost.
     for _ in range(40):
         fake.stop()
-        while broker._connection._connected:  # noqa: ASYNC110 - a client has no event for this
+        while broker._connection._line.connected:  # noqa: ASYNC110 - a client has no event for this
             await asyncio.sleep(0)
         fake.start()
         assert (await broker.stat("k", timeout=5)).name == "k"

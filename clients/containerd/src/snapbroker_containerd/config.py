@@ -12,6 +12,7 @@ import msgspec
 from snapbroker import endpoints
 from snapbroker.contract import check_namespace
 from snapbroker.errors import BrokerError, InvalidArgument
+from snapbroker.keyfiles import Curve
 from snapbroker.protocol import TARGET_BYTES_MAX
 from snapbroker_containerd import logs, service
 
@@ -39,6 +40,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """The unix socket for containerd; /run/snapbroker-containerd/snapshots.sock, or in the user's runtime directory."""
     endpoint: str = ""
     """The broker's endpoint; SNAPBROKER_ENDPOINT, or the broker's default socket."""
+    client_key: str = ""
+    """The key file for a broker behind tcp, as `snapbrokerd keys new` makes it; SNAPBROKER_CLIENT_KEY."""
+    server_key: str = ""
+    """The broker's public key, or the file that has it; SNAPBROKER_SERVER_KEY, or what the key file says."""
     namespace: str = "containerd"
     """The broker's namespace for all snapshots: containerd writes its own into their names (C72, D14)."""
     socket_mode: int = 0o600
@@ -63,6 +68,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def broker_endpoint(self) -> str:
         """The broker's endpoint."""
         return endpoints.router_endpoint(self.endpoint or None)
+
+    @property
+    def curve(self) -> Curve | None:
+        """The keys for a broker behind tcp."""
+        return endpoints.curve_for(self.client_key or None, self.broker_endpoint, None, self.server_key or None)
 
 
 def default_socket() -> str:

@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def print_stanza(config: configuration.Config, *, as_json: bool) -> None:
     """Ask the broker what it has, and print it as containerd's configuration has it."""
-    with blocking.connect(config.broker_endpoint, namespace=config.namespace) as broker:
+    with blocking.connect(config.broker_endpoint, curve=config.curve, namespace=config.namespace) as broker:
         snapshotters = broker.status().snapshotters
     found = stanza.plugins(config.snapshotters, snapshotters, config.socket)
     sys.stdout.write(json.dumps({"proxy_plugins": found}, indent=2) + "\n" if as_json else stanza.as_toml(found))

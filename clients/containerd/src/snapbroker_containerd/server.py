@@ -58,6 +58,7 @@ class Bridge:
         wait = config.calls.wait_ms / 1000
         async with aio.connect(
             config.broker_endpoint,
+            curve=config.curve,
             namespace=config.namespace,
             timeout=config.calls.call_timeout_ms / 1000,
             connect_timeout=max(wait, CONNECT_S_MIN),

@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 
     from snapbroker import aio, mount
     from snapbroker.blocking import Broker, connect
+    from snapbroker.keyfiles import Curve
 
 __all__ = [
     "Broker",
     "BrokerError",
+    "Curve",
     "Event",
     "Info",
     "Kind",
@@ -43,7 +45,7 @@ __all__ = [
     "mount",
 ]
 
-_ROOMS = {"Broker": "blocking", "connect": "blocking", "aio": "", "mount": ""}
+_ROOMS = {"Broker": "blocking", "Curve": "keyfiles", "connect": "blocking", "aio": "", "mount": ""}
 
 
 def __getattr__(name: str) -> object:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
@@ -42,8 +43,10 @@ from snapbroker.errors import (
     InvalidArgument,
     OutOfRange,
     ResourceExhausted,
+    Unauthenticated,
     Unavailable,
 )
+from snapbroker.keyfiles import Curve
 from snapbroker.protocol import (
     CALLS_MAX,
     REQUEST_VERSION,
@@ -91,13 +94,14 @@ class _Connection:
         connect_timeout: float,
         patience: float,
         calls_per_request: int,
+        curve: Curve | None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.endpoint = endpoint
         self.timeout = timeout
         self.patience = session.Patience(patience, self._loop.time)
         self.closed = False
-        self.sockets = sockets.Sockets(self, endpoint)
+        self.sockets = sockets.Sockets(self, endpoint, curve)
         self._events_endpoint = events_endpoint
         self._connect_timeout = connect_timeout
         self._calls_per_request = calls_per_request
@@ -106,7 +110,6 @@ class _Connection:
         self._under_way: dict[bytes, Pursuit] = {}
         self._unsent: deque[Pursuit] = deque()
         self._subscriptions: set[sockets.Socket] = set()
-        self._connected = False
         self._number = 0
         self._requests = 0
         self._calls = 0
@@ -117,6 +120,7 @@ class _Connection:
         except BaseException:
             self.sockets.end()
             raise
+        self._line = self.sockets.line(self._socket, self._monitor, endpoint)
         self._loop.add_reader(sockets.descriptor(self._socket), self._drain)
         self._loop.add_reader(sockets.descriptor(self._monitor), self._look)
         self._loop.call_soon(self._look)
@@ -182,7 +186,8 @@ class _Connection:
             self._look()
         if self._unsent or not self._send(pursuit, body):
             self._unsent.append(pursuit)
-            time_left = time_left if self._connected else min(time_left, self._time_to_connect(pursuit))
+            self._line.knock()
+            time_left = time_left if self._line.connected else min(time_left, self._time_to_connect(pursuit))
         self._arm(pursuit, time_left)
 
     def _time_to_connect(self, pursuit: Pursuit) -> float:
@@ -199,7 +204,7 @@ class _Connection:
             self._end(pursuit, error)
 
     def _send(self, pursuit: Pursuit, body: bytes) -> bool:
-        if not self._connected:
+        if not self._line.connected:
             return False
         frames = (REQUEST_VERSION, pursuit.request_id, pursuit.target, body)
         try:
@@ -255,16 +260,17 @@ class _Connection:
         """Learn from the monitor whether the connection broke: replies under way on it will never come."""
         if self.closed:
             return
-        broke, connected = sockets.connection_changes(self._monitor)
-        if connected is not None:
-            self._connected = connected
+        broke = self._line.learn()
         if broke:
             self._drain()
             error = Unavailable(sockets.vanished(self.endpoint))
             for pursuit in [pursuit for pursuit in self._under_way.values() if pursuit.sent]:
                 pursuit.doubt = True
                 self._repeat_later(pursuit, error)
-        if self._connected and not self.closed:
+        if self._line.refused is not None:
+            for pursuit in list(self._unsent):
+                self._end(pursuit, Unauthenticated(self._line.refused))
+        if self._line.connected and not self.closed:
             self._drain()
 
     # Repeats.
@@ -306,7 +312,7 @@ class _Connection:
             self._take_back(pursuit)
             self._end(pursuit, DeadlineExceeded(sockets.overdue(self.endpoint, pursuit.target, pursuit.timeout)))
             return
-        error = Unavailable(sockets.absent(self.endpoint, within))
+        error = self._line.absent(within)
         if pursuit.repeats is None:
             self._end(pursuit, error)
         else:
@@ -746,6 +752,7 @@ class Events:
         # A process that was held up finds that the time is over, and what came meanwhile.
         if scope.cancelled_caught and not socket.closed and not sockets.readable(socket):
             self._heard = time.monotonic()
+            sockets.connect_anew(socket)
             tracker.doubt()
         return None
 
@@ -1011,6 +1018,7 @@ async def connect(
     patience: float = session.PATIENCE_SECONDS,
     events_endpoint: str | None = None,
     calls_per_request: int = session.CALLS_PER_REQUEST,
+    curve: Curve | str | os.PathLike[str] | None = None,
 ) -> AsyncIterator[Broker]:
     """A connection to a broker for the tasks of the running loop, as an async context manager.
 
@@ -1020,6 +1028,8 @@ async def connect(
     A request whose connection breaks, or that finds the snapshotter unavailable, is repeated for up to `patience`
     seconds, within its own timeout, and takes effect once; with 0 nothing is repeated.
     Calls of one turn of the loop travel together, up to `calls_per_request` in one request, reads in smaller ones.
+    `curve`, for a broker behind tcp: the client's key file, or a `Curve`; else SNAPBROKER_CLIENT_KEY names the file.
+    The broker's public key is in it, or SNAPBROKER_SERVER_KEY has it.
     """
     if not 0 < calls_per_request <= CALLS_MAX:
         raise InvalidArgument(f"calls_per_request must be 1 to {CALLS_MAX}, not {calls_per_request}")
@@ -1028,7 +1038,13 @@ async def connect(
     chosen_namespace = endpoints.namespace_or_default(namespace)
     chosen_snapshotter = endpoints.snapshotter_or_none(snapshotter)
     connection = _Connection(
-        router, publisher, session.seconds(timeout), session.seconds(connect_timeout), patience, calls_per_request
+        router,
+        publisher,
+        session.seconds(timeout),
+        session.seconds(connect_timeout),
+        patience,
+        calls_per_request,
+        endpoints.curve_for(curve, router, publisher),
     )
     try:
         yield Broker(_View(connection, chosen_namespace, chosen_snapshotter))

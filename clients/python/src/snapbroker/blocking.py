@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -31,6 +32,7 @@ from snapbroker.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from snapbroker.keyfiles import Curve
 from snapbroker.protocol import (
     REQUEST_VERSION,
     AuditPage,
@@ -57,8 +59,8 @@ class _Channel:
         self._connection = connection
         self._endpoint = connection.endpoint
         self._socket, self._monitor = connection.sockets.dealer(connection.endpoint)
+        self._line = connection.sockets.line(self._socket, self._monitor, self._endpoint)
         self._numbers = itertools.count(1)
-        self._connected = False
         self._slice_ms = 0
         self._receive_within(_SLICE_MS)
 
@@ -67,7 +69,7 @@ class _Channel:
         body = pursuit.encode()
         pursuit.request_id = next(self._numbers).to_bytes(8, "big")
         frames = (REQUEST_VERSION, pursuit.request_id, pursuit.target, body)
-        if not self._connected or sockets.readable(self._monitor):
+        if not self._line.connected or sockets.readable(self._monitor):
             self._wait_for_connection(self._time_to_connect(pursuit))
         # Before it is: an interrupt may come between the sending and the noting of it.
         pursuit.sent = True
@@ -77,7 +79,7 @@ class _Channel:
             within = self._time_to_connect(pursuit)
             if not self._socket.poll(_milliseconds(within), zmq.POLLOUT):
                 pursuit.sent = False
-                raise Unavailable(sockets.absent(self._endpoint, within)) from None
+                raise self._line.absent(within) from None
             self._socket.send_multipart(frames, zmq.NOBLOCK)
 
     def _time_to_connect(self, pursuit: Pursuit) -> float:
@@ -86,20 +88,16 @@ class _Channel:
 
     def _wait_for_connection(self, within: float) -> None:
         give_up = time.monotonic() + within
-        self._learn()
-        while not self._connected:
+        self._line.learn()
+        self._line.knock()
+        while not self._line.connected:
+            if (refusal := self._line.refusal()) is not None:
+                raise refusal
             left = give_up - time.monotonic()
             if left <= 0:
-                raise Unavailable(sockets.absent(self._endpoint, within))
+                raise self._line.absent(within)
             self._monitor.poll(_milliseconds(left))
-            self._learn()
-
-    def _learn(self) -> bool:
-        """Learn from the monitor whether there is a connection; answers whether one broke since the last time."""
-        broke, connected = sockets.connection_changes(self._monitor)
-        if connected is not None:
-            self._connected = connected
-        return broke
+            self._line.learn()
 
     def receive(self, pursuit: Pursuit, until: Callable[[], object]) -> None:
         """Take parts of the reply until `until()` is true; raises where that does not happen before the deadline."""
@@ -122,7 +120,7 @@ class _Channel:
         except zmq.Again:
             pass
         while True:
-            broke = self._learn()
+            broke = self._line.learn()
             left = pursuit.deadline - time.monotonic()
             over = broke or left <= 0 or self._connection.closed
             self._receive_within(0 if over else min(_SLICE_MS, _milliseconds(left)))
@@ -158,13 +156,19 @@ class _Connection:
     """What the views of one `connect` share: endpoints, sockets and the broker's only snapshotter."""
 
     def __init__(
-        self, endpoint: str, events_endpoint: str | None, timeout: float, connect_timeout: float, patience: float
+        self,
+        endpoint: str,
+        events_endpoint: str | None,
+        timeout: float,
+        connect_timeout: float,
+        patience: float,
+        curve: Curve | None,
     ) -> None:
         self.endpoint = endpoint
         self.timeout = timeout
         self.connect_timeout = connect_timeout
         self.patience = session.Patience(patience)
-        self.sockets = sockets.Sockets(self, endpoint)
+        self.sockets = sockets.Sockets(self, endpoint, curve)
         self.closed = False
         self._closing = threading.Event()
         self._events_endpoint = events_endpoint
@@ -608,6 +612,7 @@ class Events:
         until = silent_at if deadline is None else min(silent_at, deadline)
         if not socket.poll(math.ceil(max(0.0, until - time.monotonic()) * 1000)) and time.monotonic() >= silent_at:
             self._heard = time.monotonic()
+            sockets.connect_anew(socket)
             self._tracker.doubt()
         return None
 
@@ -883,6 +888,7 @@ def connect(
     connect_timeout: float = sockets.CONNECT_SECONDS,
     patience: float = session.PATIENCE_SECONDS,
     events_endpoint: str | None = None,
+    curve: Curve | str | os.PathLike[str] | None = None,
 ) -> Broker:
     """A connection to a broker; use it as a context manager, or close it.
 
@@ -891,10 +897,19 @@ def connect(
     snapshotter. The broker need not be there yet: a call waits for it up to `connect_timeout` seconds.
     A request whose connection breaks, or that finds the snapshotter unavailable, is repeated for up to `patience`
     seconds, within its own timeout, and takes effect once; with 0 nothing is repeated.
+    `curve`, for a broker behind tcp: the client's key file, or a `Curve`; else SNAPBROKER_CLIENT_KEY names the file.
+    The broker's public key is in it, or SNAPBROKER_SERVER_KEY has it.
     """
     router = endpoints.router_endpoint(endpoint)
     chosen_namespace = endpoints.namespace_or_default(namespace)
     chosen_snapshotter = endpoints.snapshotter_or_none(snapshotter)
     publisher = endpoints.events_endpoint(events_endpoint, router)
-    connection = _Connection(router, publisher, session.seconds(timeout), session.seconds(connect_timeout), patience)
+    connection = _Connection(
+        router,
+        publisher,
+        session.seconds(timeout),
+        session.seconds(connect_timeout),
+        patience,
+        endpoints.curve_for(curve, router, publisher),
+    )
     return Broker(connection, chosen_namespace, chosen_snapshotter)

@@ -7,6 +7,7 @@ from typing import Final
 
 from snapbroker.contract import check_namespace
 from snapbroker.errors import FailedPrecondition, InvalidArgument, NotFound
+from snapbroker.keyfiles import Curve
 from snapbroker.protocol import TARGET_BYTES_MAX, StatusAnswer
 
 ENDPOINT_VARIABLE: Final = "SNAPBROKER_ENDPOINT"
@@ -59,6 +60,15 @@ def reachable_events_endpoint(status: StatusAnswer, router: str) -> str:
         if sent.startswith(f"tcp://{host}:") and router.startswith("tcp://"):
             return f"{router.rpartition(':')[0]}:{sent.rpartition(':')[2]}"
     return sent
+
+
+def curve_for(
+    given: Curve | str | os.PathLike[str] | None, router: str, publisher: str | None, server_key: str | None = None
+) -> Curve | None:
+    """The keys for these endpoints; None on a machine's own sockets, where the file system decides."""
+    if not any(endpoint.startswith("tcp://") for endpoint in (router, publisher or "")):
+        return None
+    return given if isinstance(given, Curve) else Curve.load(given, server_key)
 
 
 def namespace_or_default(given: str | None = None) -> str:

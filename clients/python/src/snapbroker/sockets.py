@@ -13,12 +13,14 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
+from contextlib import suppress
 from typing import Final
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from snapbroker.errors import InvalidArgument
+from snapbroker.errors import BrokerError, InvalidArgument, Unauthenticated, Unavailable
+from snapbroker.keyfiles import CLIENT_KEY_VARIABLE, SERVER_KEY_VARIABLE, Curve
 from snapbroker.protocol import BODY_BYTES_MAX
 
 CONNECT_SECONDS: Final = 3.0
@@ -34,6 +36,15 @@ EVENTS_QUEUED_MAX: Final = 100_000
 ALIVE_MS: Final = 10_000
 """Pause between ZMTP pings over tcp, where a dead peer would not be noticed otherwise."""
 
+_TCP: Final = "tcp://"
+_WATCHED: Final = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CLOSED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
 _FRAME_BYTES_MAX: Final = BODY_BYTES_MAX + 4096
 
 Socket = zmq.Socket[bytes]
@@ -51,7 +62,8 @@ class Sockets:
     terminates no context then.
     """
 
-    def __init__(self, owner: object, endpoint: str) -> None:
+    def __init__(self, owner: object, endpoint: str, curve: Curve | None = None) -> None:
+        self._curve = curve
         self.context: zmq.Context[Socket] = zmq.Context()
         self.open: set[Socket] = set()
         self._abandoned = weakref.finalize(owner, _close_abandoned, self.context, self.open, endpoint, os.getpid())
@@ -59,9 +71,13 @@ class Sockets:
 
     def dealer(self, endpoint: str) -> tuple[Socket, Socket]:
         """A DEALER connecting to the broker, and the monitor of its connection."""
-        pair = dealer(self.context, endpoint)
+        pair = dealer(self.context, endpoint, self._curve)
         self.open.update(pair)
         return pair
+
+    def line(self, socket: Socket, monitor: Socket, endpoint: str) -> Line:
+        """What is known of a DEALER's connection."""
+        return Line(socket, monitor, endpoint, self._curve)
 
     def close_dealer(self, socket: Socket, monitor: Socket) -> None:
         """Close a DEALER and its monitor."""
@@ -72,7 +88,7 @@ class Sockets:
 
     def subscriber(self, endpoint: str, prefixes: tuple[bytes, ...]) -> Socket:
         """A SUB connected to the broker's publisher, subscribed to `prefixes`."""
-        socket = subscriber(self.context, endpoint, prefixes)
+        socket = subscriber(self.context, endpoint, prefixes, self._curve)
         self.open.add(socket)
         return socket
 
@@ -100,14 +116,14 @@ def _close_abandoned(context: zmq.Context[Socket], opened: set[Socket], endpoint
     warnings.warn(f"a connection to {endpoint} was dropped and not closed", ResourceWarning, stacklevel=2)
 
 
-def dealer(context: zmq.Context[Socket], endpoint: str) -> tuple[Socket, Socket]:
+def dealer(context: zmq.Context[Socket], endpoint: str, curve: Curve | None = None) -> tuple[Socket, Socket]:
     """A DEALER connecting to the broker, and the monitor of its connection."""
     socket = context.socket(zmq.DEALER)
     try:
         socket.set(zmq.IMMEDIATE, 1)
         # A ROUTER drops what does not fit a peer's queue. The queue is bounded by what this client asked for.
         socket.set(zmq.RCVHWM, 0)
-        _common(socket, endpoint)
+        _common(socket, endpoint, curve)
         monitor = _monitor(context, socket)
     except BaseException:
         socket.close()
@@ -122,7 +138,7 @@ def dealer(context: zmq.Context[Socket], endpoint: str) -> tuple[Socket, Socket]
 
 def _monitor(context: zmq.Context[Socket], socket: Socket) -> Socket:
     address = f"inproc://monitor-{id(socket)}"
-    socket.monitor(address, zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+    socket.monitor(address, _WATCHED)
     monitor = context.socket(zmq.PAIR)
     # The I/O thread would block on a full queue of a monitor that nobody reads while the program is idle.
     monitor.set(zmq.RCVHWM, 0)
@@ -138,11 +154,13 @@ def close_dealer(socket: Socket, monitor: Socket) -> None:
     socket.close()
 
 
-def subscriber(context: zmq.Context[Socket], endpoint: str, prefixes: tuple[bytes, ...]) -> Socket:
+def subscriber(
+    context: zmq.Context[Socket], endpoint: str, prefixes: tuple[bytes, ...], curve: Curve | None = None
+) -> Socket:
     """A SUB connected to the broker's publisher, subscribed to `prefixes`."""
     socket = context.socket(zmq.SUB)
     socket.set(zmq.RCVHWM, EVENTS_QUEUED_MAX)
-    _common(socket, endpoint)
+    _common(socket, endpoint, curve)
     for prefix in prefixes:
         socket.set(zmq.SUBSCRIBE, prefix)
     try:
@@ -153,12 +171,25 @@ def subscriber(context: zmq.Context[Socket], endpoint: str, prefixes: tuple[byte
     return socket
 
 
-def _common(socket: Socket, endpoint: str) -> None:
+def connect_anew(socket: Socket) -> None:
+    """Let a subscriber that hears nothing from another machine knock again: libzmq gives up where it was refused."""
+    endpoint = socket.get_string(zmq.LAST_ENDPOINT)
+    if endpoint.startswith(_TCP):
+        with suppress(zmq.ZMQError):
+            socket.disconnect(endpoint)
+        _connect(socket, endpoint)
+
+
+def _common(socket: Socket, endpoint: str, curve: Curve | None) -> None:
     socket.set(zmq.LINGER, LINGER_MS)
     socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
     socket.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MS_MAX)
     socket.set(zmq.MAXMSGSIZE, _FRAME_BYTES_MAX)
-    if endpoint.startswith("tcp://"):
+    if endpoint.startswith(_TCP):
+        if curve is not None:
+            socket.set(zmq.CURVE_PUBLICKEY, curve.public.encode())
+            socket.set(zmq.CURVE_SECRETKEY, curve.secret.encode())
+            socket.set(zmq.CURVE_SERVERKEY, curve.server.encode())
         socket.set(zmq.IPV6, 1)
         socket.set(zmq.HEARTBEAT_IVL, ALIVE_MS)
         socket.set(zmq.HEARTBEAT_TIMEOUT, 3 * ALIVE_MS)
@@ -171,17 +202,65 @@ def _connect(socket: Socket, endpoint: str) -> None:
         raise InvalidArgument(f"{endpoint!r} is no endpoint to connect to: {error}") from None
 
 
-def connection_changes(monitor: Socket) -> tuple[bool, bool | None]:
-    """What the monitor has to tell: whether a connection broke, and whether there is one since (None: no change)."""
-    broke = False
-    connected: bool | None = None
-    while True:
-        try:
-            frames = monitor.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            return broke, connected
-        connected = parse_monitor_message(frames)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
-        broke = broke or not connected
+class Line:
+    """What a DEALER's monitor has told: whether it is connected, and if not, why (RFC 3, 3.5).
+
+    A broker that refuses a key says so, and libzmq does not try again by itself: `knock` does, for the next call.
+    One that has another key than was expected says nothing and hangs up, as one does that is just being stopped: that
+    counts when the time to connect is over.
+    """
+
+    def __init__(self, socket: Socket, monitor: Socket, endpoint: str, curve: Curve | None) -> None:
+        self._socket = socket
+        self._monitor = monitor
+        self._endpoint = endpoint
+        self._curve = curve
+        self._hung_up = False
+        self.connected = False
+        self.refused: str | None = None
+
+    def learn(self) -> bool:
+        """Take what the monitor has to tell; answers whether a connection broke since the last time."""
+        broke = False
+        while True:
+            try:
+                frames = self._monitor.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return broke
+            told = parse_monitor_message(frames)
+            event = told["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.connected, self.refused, self._hung_up = True, None, False
+            elif event == zmq.EVENT_DISCONNECTED:
+                broke = broke or self.connected
+                self.connected = False
+            elif event == zmq.EVENT_CLOSED:
+                self._hung_up = False
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                self._hung_up = True
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self.refused = refused(self._endpoint, self._curve)
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                mismatch = told["value"] == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
+                self.refused = (mismatched if mismatch else mistaken)(self._endpoint, self._curve)
+
+    def refusal(self) -> BrokerError | None:
+        """Why there will be no connection by waiting; None where there may be one."""
+        return None if self.refused is None else Unauthenticated(self.refused)
+
+    def knock(self) -> None:
+        """Try again where libzmq has given up."""
+        if self.refused is not None:
+            self.refused = None
+            with suppress(zmq.ZMQError):
+                self._socket.disconnect(self._endpoint)
+            _connect(self._socket, self._endpoint)
+
+    def absent(self, seconds: float) -> BrokerError:
+        """The error when so many seconds have brought no connection."""
+        if self._hung_up and self._endpoint.startswith(_TCP):
+            return Unauthenticated((mistaken if self._curve is not None else mismatched)(self._endpoint, self._curve))
+        return Unavailable(absent(self._endpoint, seconds))
 
 
 def readable(socket: Socket) -> bool:
@@ -196,6 +275,34 @@ def descriptor(socket: Socket) -> int:
     found = socket.get(zmq.FD)
     assert isinstance(found, int)  # noqa: S101 - the option's type, as ZeroMQ's manual has it
     return found
+
+
+def refused(endpoint: str, curve: Curve | None) -> str:
+    """The message for a key that the broker does not know."""
+    if curve is None:
+        return f"the broker at {endpoint} refused the connection: it takes a key, name it by {CLIENT_KEY_VARIABLE}"
+    return (
+        f"the broker at {endpoint} refused the key of {curve.source or 'this client'}: it was revoked, or this broker "
+        "never had it; `snapbrokerd keys list` there shows those it has"
+    )
+
+
+def mismatched(endpoint: str, curve: Curve | None) -> str:
+    """The message where one side has keys and the other has none."""
+    if curve is None:
+        return (
+            f"the broker at {endpoint} broke the handshake off: it likely takes a key; `snapbrokerd keys new` there "
+            f"makes one, name its file by {CLIENT_KEY_VARIABLE}"
+        )
+    return f"what listens at {endpoint} knows of no keys: connect without {CLIENT_KEY_VARIABLE}, or to another endpoint"
+
+
+def mistaken(endpoint: str, _curve: Curve | None) -> str:
+    """The message where the broker is likely another one than was expected."""
+    return (
+        f"the handshake with {endpoint} fails: the server key, of {SERVER_KEY_VARIABLE} or of the client's key file, "
+        "is likely not that of this broker: compare it with the broker's server.pub"
+    )
 
 
 def absent(endpoint: str, seconds: float) -> str:

@@ -77,6 +77,8 @@ def _common(*, first: bool) -> argparse.ArgumentParser:
         options.add_argument(*names, default=default if first else argparse.SUPPRESS, **settings)
 
     add("-e", "--endpoint", default=None, help="the broker's socket (a path or ipc://, tcp://)")
+    add("--client-key", default=None, metavar="FILE", help="this client's key, for a broker behind tcp")
+    add("--server-key", default=None, metavar="KEY", help="the broker's public key, or the file that has it")
     add("-n", "--namespace", default=None, help="whose snapshots are meant (default: default)")
     add("-s", "--snapshotter", default=None, help="which snapshotter (default: the broker's only one)")
     add("--json", default=False, action="store_true", help="print one JSON document; events: one a line")

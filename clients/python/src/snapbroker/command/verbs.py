@@ -41,6 +41,10 @@ def _connected(arguments: argparse.Namespace, connect: Callable[..., Broker] | N
 
         connect = snapbroker.connect
     options: dict[str, Any] = {"namespace": arguments.namespace, "snapshotter": arguments.snapshotter}
+    if arguments.client_key is not None or arguments.server_key is not None:
+        from snapbroker.keyfiles import Curve
+
+        options["curve"] = Curve.load(arguments.client_key, arguments.server_key)
     if arguments.timeout is not None:
         options["timeout"] = arguments.timeout
     return connect(arguments.endpoint, **options)
