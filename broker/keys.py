@@ -92,20 +92,24 @@ def read_client(path: Path) -> Entry:
         if error.errno in _MOMENTARY:
             raise
         raise InvalidArgument(f"{path}: cannot be read: {error.strerror}") from None
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise InvalidArgument(f"{path}: is no regular file")
     with open(descriptor, "rb") as file:
-        _check_kept(os.fstat(descriptor), path)
+        _check_kept(found, path)
         text = file.read(FILE_BYTES_MAX + 1)
     if len(text) > FILE_BYTES_MAX:
         raise InvalidArgument(f"{path}: is longer than {FILE_BYTES_MAX} bytes")
     try:
-        found = msgspec.convert(tomllib.loads(text.decode()), ClientFile)
+        written = msgspec.convert(tomllib.loads(text.decode()), ClientFile)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidArgument(f"{path}: not TOML: {error}") from None
     except msgspec.ValidationError as error:
         raise InvalidArgument(f"{path}: {error}") from None
     try:
         check_name(path.stem)
-        return _entry(path.stem, found)
+        return _entry(path.stem, written)
     except BrokerError as error:
         raise InvalidArgument(f"{path}: {error.message}") from None
 
@@ -137,8 +141,6 @@ def _all_or(names: tuple[str, ...], what: str) -> tuple[str, ...] | None:
 
 def _check_kept(found: os.stat_result, path: Path) -> None:
     """Whoever can write to a file of the directory says who may come in."""
-    if not stat.S_ISREG(found.st_mode):
-        raise InvalidArgument(f"{path}: is no regular file")
     if found.st_uid not in (0, os.geteuid()):
         raise InvalidArgument(f"{path}: belongs to user {found.st_uid}: chown it to root or to the broker's user")
     if found.st_mode & 0o022:

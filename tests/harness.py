@@ -32,9 +32,10 @@ import psutil
 import zmq
 
 from broker.main import main as snapbrokerd
-from snapbroker import blocking
+from snapbroker import blocking, sockets
 from snapbroker.contract import Info, Mount, Usage
 from snapbroker.errors import BrokerError
+from snapbroker.keyfiles import Curve
 from snapbroker.protocol import (
     DONE,
     REQUEST_VERSION,
@@ -84,12 +85,16 @@ class Silence(AssertionError):
 class Wire:
     """One DEALER socket and the protocol, nothing else; for one thread."""
 
-    def __init__(self, endpoint: str, snapshotter: str = "", namespace: str = "default") -> None:
+    def __init__(
+        self, endpoint: str, snapshotter: str = "", namespace: str = "default", curve: Curve | None = None
+    ) -> None:
         self.snapshotter = snapshotter
         self.namespace = namespace
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
+        if curve is not None:
+            sockets.equip(self._socket, curve)
         self._socket.connect(endpoint)
         self._numbers = itertools.count(1)
 

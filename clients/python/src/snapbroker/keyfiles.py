@@ -103,10 +103,11 @@ def _read(path: Path, *, secret: bool) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise InvalidArgument(f"{path}: cannot be read: {error.strerror}") from None
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise InvalidArgument(f"{path}: is no regular file")
     with open(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise InvalidArgument(f"{path}: is no regular file")
         if secret and found.st_mode & 0o077:
             raise InvalidArgument(
                 f"{path}: others can use this secret key (mode {stat.S_IMODE(found.st_mode):#o}): chmod 600 {path}"

@@ -171,6 +171,13 @@ def subscriber(
     return socket
 
 
+def equip(socket: Socket, curve: Curve) -> None:
+    """Give a socket its keys, before it is connected."""
+    socket.set(zmq.CURVE_PUBLICKEY, curve.public.encode())
+    socket.set(zmq.CURVE_SECRETKEY, curve.secret.encode())
+    socket.set(zmq.CURVE_SERVERKEY, curve.server.encode())
+
+
 def connect_anew(socket: Socket) -> None:
     """Let a subscriber that hears nothing from another machine knock again: libzmq gives up where it was refused."""
     endpoint = socket.get_string(zmq.LAST_ENDPOINT)
@@ -187,9 +194,7 @@ def _common(socket: Socket, endpoint: str, curve: Curve | None) -> None:
     socket.set(zmq.MAXMSGSIZE, _FRAME_BYTES_MAX)
     if endpoint.startswith(_TCP):
         if curve is not None:
-            socket.set(zmq.CURVE_PUBLICKEY, curve.public.encode())
-            socket.set(zmq.CURVE_SECRETKEY, curve.secret.encode())
-            socket.set(zmq.CURVE_SERVERKEY, curve.server.encode())
+            equip(socket, curve)
         socket.set(zmq.IPV6, 1)
         socket.set(zmq.HEARTBEAT_IVL, ALIVE_MS)
         socket.set(zmq.HEARTBEAT_TIMEOUT, 3 * ALIVE_MS)
