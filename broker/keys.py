@@ -103,10 +103,11 @@ def read_client(path: Path) -> Entry:
         raise InvalidArgument(f"{path}: is longer than {FILE_BYTES_MAX} bytes")
     try:
         written = msgspec.convert(tomllib.loads(text.decode()), ClientFile)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidArgument(f"{path}: not TOML: {error}") from None
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, OverflowError) as error:
         raise InvalidArgument(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        # Beside its own error, tomllib lets out those of numbers too long and of tables too deep.
+        raise InvalidArgument(f"{path}: not TOML: {error}") from None
     try:
         check_name(path.stem)
         return _entry(path.stem, written)

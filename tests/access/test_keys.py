@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from broker import keys
 from broker.main import main
@@ -263,6 +266,34 @@ def test_keys_are_only_for_tcp(monkeypatch: pytest.MonkeyPatch) -> None:
 # The directory.
 
 
+WHATEVER = st.one_of(
+    st.binary(max_size=300),
+    st.lists(
+        st.sampled_from(
+            [
+                "public_key", "role", "namespaces", "snapshotters", "secret_key", "server_key", "=", "[", "]", '"',
+                "\n", '"*"', '"read"', "9" * 5000, "[" * 2000, "{", "}", ",", "#", "a.b", "1979-05-27", "nan", "\0", "\ud7ff",
+                '"' + "x" * keyfiles.KEY_CHARACTERS + '"',
+            ]
+        ),
+        max_size=30,
+    ).map(lambda words: " ".join(words).encode()),
+)  # fmt: skip
+
+
+@given(data=WHATEVER)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(data=b"a = " + b"[" * 60_000)
+@example(data=b"a = " + b"9" * 60_000)
+def test_whatever_is_in_a_file_it_is_read_or_refused(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "farm.toml"
+    path.write_bytes(data)
+    path.chmod(0o600)
+    for read in (keys.read_client, keyfiles.read_secret):
+        with contextlib.suppress(InvalidArgument):
+            read(path)
+
+
 @pytest.mark.parametrize(
     ("spoiled", "reason"),
     [
@@ -316,6 +347,11 @@ def test_a_directory_that_cannot_be_used_stops_the_start(what: str, directory: P
     }
     spoil_it, reason = expected[what]
     spoil_it()
+    if what != "wide-server":
+        with pytest.raises((FailedPrecondition, InvalidArgument), match=reason) as caught:
+            keys.Keyring(directory, 1000)
+        assert caught.value.message.startswith(str(directory))
+        return
     file = tmp_path / "broker.toml"
     file.write_text(
         f'root = "{tmp_path}/root"\nruntime = "{tmp_path}/run"\n[snapshotters.memory]\nbackend = "memory"\n[tcp]\n'
@@ -351,7 +387,9 @@ def test_the_commands_end_to_end(gate: Guarded, tmp_path: Path) -> None:
     assert (listed.returncode, "end" in listed.stdout) == (0, True)
     assert snapbroker("--client-key", str(key), "-n", "green", "ls").returncode == 9
     assert snapbroker("--client-key", str(key), "status").returncode == 0
-    wrong = snapbroker("--client-key", str(key), "--server-key", keyfiles.generate()[0], "-n", "red", "ls")
+    wrong = snapbroker(
+        "--client-key", str(key), "--server-key", keyfiles.generate()[0], "--timeout", "1.5", "-n", "red", "ls"
+    )
     assert (wrong.returncode, "server.pub" in wrong.stderr) == (10, True)
     key.chmod(0o644)
     wide = snapbroker("--client-key", str(key), "-n", "red", "ls")

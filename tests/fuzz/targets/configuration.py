@@ -25,7 +25,8 @@ _LINES: Final = (
     'backend = "overlayfs"', 'metadata = "/m"', "[snapshotters.memory.limits.pool]", "pool_min = 0", "pool_max = 9",
     "[snapshotters.memory.limits.service]", "timeout_max_ms = 3", "[snapshotters.memory.limits.store]",
     "map_max_bytes = 1099511627776", "[snapshotters.memory.options]", "[snapshotters.native.options]",
-    "snapshotters = 3", "options = {}", "limits = 1", "layers_max = 3",
+    "snapshotters = 3", "options = {}", "limits = 1", "layers_max = 3", "insecure_tcp = true", "[tcp]", 'keys = "/k"',
+    'socket_owner = "root"', "socket_group = 7", 'socket_role = "read"',
 )  # fmt: skip
 _KEYS: Final = (
     "root", "runtime", "endpoint", "events_endpoint", "socket_mode", "log_level", "metadata", "backend", "options",

@@ -26,7 +26,7 @@ def one(data: bytes) -> None:
     ends = socket.socketpair()
     try:
         link = Link(ends[0])
-        requests: list[tuple[bytes, bytes, int, bytes]] = []
+        requests: list[tuple[bytes, bytes, int, bytes, bytes]] = []
         stops: list[None] = []
         box = Mailbox(link, lambda *request: requests.append(request), lambda: stops.append(None))
         came: list[list[bytes]] = []
@@ -60,7 +60,7 @@ def seeds() -> Iterator[bytes]:
 def _message(draws: Draws) -> bytes:
     kind = draws.number(4)
     if kind == 0:
-        body = encode([mailbox.REQUEST, draws.blob(), draws.blob(), draws.take(8), draws.blob()])
+        body = encode([mailbox.REQUEST, draws.blob(), draws.blob(), draws.take(8), draws.blob(), draws.blob()])
     elif kind == 1:
         body = encode([mailbox.STOP])
     elif kind == 2:
@@ -88,4 +88,4 @@ def _slowly(stream: bytes) -> tuple[list[list[bytes]], bytes]:
 
 
 def _is_request(frames: list[bytes]) -> bool:
-    return len(frames) == 5 and frames[0] == mailbox.REQUEST and len(frames[3]) == 8
+    return len(frames) == 6 and frames[0] == mailbox.REQUEST and len(frames[3]) == 8

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import zmq
 
+from broker.access import WHOLE
 from broker.actor import mailbox
 from broker.config import RouterLimits
 from broker.router import Router
@@ -84,7 +85,7 @@ def _context() -> zmq.Context[zmq.Socket[bytes]]:
 @cache
 def _router() -> Router:
     """A router whose socket is closed: frames are given to it, and taken from it, where the socket would."""
-    router = Router(_context(), "inproc://fuzz", _LIMITS, lambda _body: _OWN, lambda *event: _published.append(event))
+    router = Router(_context(), "inproc://fuzz", _LIMITS, lambda *_: _OWN, lambda *event: _published.append(event))
     router.front.close()
     return router
 
@@ -133,8 +134,8 @@ def _ask(draws: Draws, router: Router, actor: _Actor, front: _Front) -> None:
     assert len(told) + len(answered) == 1, "a request is handed on or answered"
     client, version, request_id, target, body = frames
     if told:
-        kind, *place, arrival, handed = told[0]
-        assert (kind, place, len(arrival), handed) == (mailbox.REQUEST, [client, request_id], 8, body)
+        kind, *place, arrival, grant, handed = told[0]
+        assert (kind, place, len(arrival), grant, handed) == (mailbox.REQUEST, [client, request_id], 8, WHOLE, body)
         assert (version, target, actor.state) == (REQUEST_VERSION, _NAME.encode(), "ready")
         assert (client, request_id) not in before
         assert len(body) <= BODY_BYTES_MAX

@@ -121,7 +121,7 @@ def _read(path: Path, *, secret: bool) -> bytes:
 def _fields(text: bytes, path: Path) -> dict[str, object]:
     try:
         return tomllib.loads(text.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         # The parser's own words may quote the line, and the secret with it.
         raise InvalidArgument(f'{path}: is no key file: lines are `field = "value"`, each field once') from None
 
