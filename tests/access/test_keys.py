@@ -272,7 +272,7 @@ WHATEVER = st.one_of(
         st.sampled_from(
             [
                 "public_key", "role", "namespaces", "snapshotters", "secret_key", "server_key", "=", "[", "]", '"',
-                "\n", '"*"', '"read"', "9" * 5000, "[" * 2000, "{", "}", ",", "#", "a.b", "1979-05-27", "nan", "\0", "\ud7ff",
+                "\n", '"*"', '"read"', "9" * 5000, "[" * 2000, "{", "}", ",", "#", "a.b", "1979-05-27", "nan", "\0",
                 '"' + "x" * keyfiles.KEY_CHARACTERS + '"',
             ]
         ),
