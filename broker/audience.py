@@ -17,6 +17,7 @@ how libzmq does it:
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -61,6 +62,7 @@ class Audience:
         self._strays = Denials("a subscriber sent what is no subscription, and gets no events for a while")
         self._banished: dict[str, float] = {}
         self._rebinds = 0
+        self._before: Counter[str] = Counter()
         self._subscriptions = 0
         self._wanted = anyio.Event()
         self.endpoint = endpoint
@@ -111,6 +113,7 @@ class Audience:
         port, self._port = self._port, None
         if port is not None:
             self._rebinds += 1
+            self._before.update(port.statistics())
             self._subscriptions = 0
             port.close(linger_ms=0)
         self._wanted.set()
@@ -122,11 +125,12 @@ class Audience:
             self._banished[key] = time.monotonic() + BANISHED_S
             self._drop()
             return
-        self._subscriptions += 1 if kind == b"\x01" else -1
         if not key:
             return  # The end of a connection, told by libzmq itself.
         prefixes, own = self._narrowed(key, topic)
         if kind == b"\x01":
+            # Never counted down: anybody can end what was never begun, and silence the others so.
+            self._subscriptions += 1
             for prefix in prefixes:
                 self._socket.setsockopt(zmq.SUBSCRIBE, prefix)
         elif own:
@@ -155,7 +159,7 @@ class Audience:
 
     @property
     def listening(self) -> bool:
-        """Whether anybody may be subscribed to anything."""
+        """Whether anybody has asked for anything since the socket was bound."""
         return self._subscriptions > 0
 
     def send(self, frames: Sequence[bytes]) -> None:
@@ -165,8 +169,12 @@ class Audience:
 
     def statistics(self) -> dict[str, int]:
         """For `status`."""
+        so_far = Counter({"received": 0, "sent": 0, "undeliverable": 0})
+        so_far.update(self._before)
+        if self._port is not None:
+            so_far.update(self._port.statistics())
         return {
-            **(self._port.statistics() if self._port is not None else {}),
+            **so_far,
             "subscriptions": self._subscriptions,
             "subscriptions_refused": self._refused.count,
             "strays": self._strays.count,

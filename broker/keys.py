@@ -206,6 +206,7 @@ class Keyring:
         self._seen = signature_of(directory)
         self.listing = read_directory(directory)
         self.changes = 0
+        self._lenient = False
         self._tell_bad(Listing())
         if not self.listing.entries:
             log.warning("no client has a key: `snapbrokerd keys new NAME` makes one", directory=str(directory))
@@ -237,13 +238,24 @@ class Keyring:
             before, (self.listing, self._seen) = self.listing, found
             self.changes += 1
             self._tell_bad(before)
-            changed(before.entries, self.listing.entries)
+            if before.entries != self.listing.entries:
+                changed(before.entries, self.listing.entries)
 
     def _look(self) -> tuple[Listing, Signature] | None:
         check_directory(self.directory)
         # Before the files: what changes while they are read is seen the next time.
         signature = signature_of(self.directory)
-        return None if signature == self._seen else (read_directory(self.directory), signature)
+        if signature == self._seen:
+            return None
+        listing = read_directory(self.directory)
+        spoiled = listing.bad.keys() - self.listing.bad.keys()
+        self._lenient = bool(spoiled) and not self._lenient
+        if not self._lenient:
+            return listing, signature
+        # An editor may be in the middle of writing it: who was good stays so until the next look, and no longer.
+        kept = {key: entry for key, entry in self.listing.entries.items() if f"{entry.name}.toml" in spoiled}
+        bad = {name: reason for name, reason in listing.bad.items() if name not in spoiled}
+        return Listing({**kept, **listing.entries}, bad), ()
 
     def statistics(self) -> dict[str, int]:
         """For `status`."""

@@ -328,6 +328,32 @@ def test_a_bad_file_lets_nobody_in_and_concerns_no_other(
     assert str(directory) in told
 
 
+async def test_a_file_that_is_being_written_revokes_nobody(directory: Path) -> None:
+    path, _ = keys.make(directory, "farm", "read", ("red",), ())
+    other, _ = keys.make(directory, "other", "read", ("red",), ())
+    keyring = keys.Keyring(directory, 1)
+    text = path.read_text()
+
+    def look() -> list[str]:
+        if (found := keyring._look()) is not None:
+            keyring.listing, keyring._seen = found
+        return sorted(entry.name for entry in keyring.listing.entries.values())
+
+    path.write_text("")
+    other.unlink()
+    assert look() == ["farm"], "the other one is gone at once"
+    path.write_text(text)
+    assert look() == ["farm"]
+    path.write_text("")
+    assert look() == ["farm"]
+    assert look() == []
+    assert "farm.toml" in keyring.listing.bad
+    path.write_text(text)
+    assert look() == ["farm"]
+    path.unlink()
+    assert look() == []
+
+
 @pytest.mark.root
 def test_a_file_of_another_user_lets_nobody_in(directory: Path) -> None:
     path, _ = keys.make(directory, "other", "read", ("red",), ())

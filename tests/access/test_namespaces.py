@@ -135,6 +135,8 @@ def test_local_heartbeats_still_name_topics(gate: Guarded, whole: Curve) -> None
 def test_unsubscribing_from_one_prefix_leaves_the_other(gate: Guarded, red: Curve) -> None:
     """`memory/` was narrowed to what the second subscription is: it must survive the second's end."""
     with raw_socket(zmq.XSUB, gate.events_endpoint, red) as plain, gate.wire(red) as wire:
+        for message in (b"\x00never/subscribed",) * 50:
+            plain.send(message)
         for message in (b"\x01memory/", b"\x01memory/red/", b"\x00memory/red/", b"\x01memory/red/snapshot/remove"):
             plain.send(message)
         # The last one is in force, so that those before it are.
