@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 from snapbroker.errors import BrokerError, PermissionDenied
-from snapbroker.protocol import Call, decoder, encode
+from snapbroker.protocol import Audit, Call, Repair, decoder, encode
 
 log = structlog.get_logger()
 
@@ -37,12 +37,15 @@ LEAST_ROLE: Final[Mapping[str, Role]] = {
     "events": Role.READ,
     "status": Role.READ,
     "cancel": Role.READ,
+    "why": Role.READ,
     "prepare": Role.WRITE,
     "view": Role.WRITE,
     "commit": Role.WRITE,
     "remove": Role.WRITE,
     "update": Role.WRITE,
     "cleanup": Role.WRITE,
+    "audit": Role.ADMIN,
+    "repair": Role.ADMIN,
 }
 """The least role of each verb; one that is not here takes an admin."""
 
@@ -64,6 +67,8 @@ def _verb_of(call: type[Any]) -> str:
 
 _VERB: Final = {call: _verb_of(call) for call in get_args(Call)}
 _LEAST: Final = {call: least_role(verb) for call, verb in _VERB.items()}
+_SPANNING: Final = frozenset((Audit, Repair))
+"""Calls that concern every namespace of a snapshotter, whatever the request names."""
 
 
 class Grant(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -92,6 +97,10 @@ class Grant(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
                 f"{_VERB[type(call)]} takes the role {needed.name.lower()!r}, and {self.client!r} has "
                 f"{self.role.name.lower()!r}: ask whoever keeps the broker's keys",
                 {"needed": needed.name.lower(), "role": self.role.name.lower()},
+            )
+        if self.namespaces is not None and type(call) in _SPANNING:
+            return PermissionDenied(
+                f"{_VERB[type(call)]} is of all namespaces, and {self.client!r} has some: ask who has all of them"
             )
         if self.namespaces is not None and namespace not in self.namespaces:
             return PermissionDenied(

@@ -35,6 +35,9 @@ def call_of(verb: str) -> Call:
         "events": protocol.Events(since=0),
         "cancel": protocol.Cancel(request=b"none"),
         "status": protocol.Status(),
+        "audit": protocol.Audit(),
+        "repair": protocol.Repair(),
+        "why": protocol.Why(key=key),
     }
     return calls[verb]
 
@@ -55,7 +58,21 @@ def test_the_specification_has_the_table() -> None:
         assert told == {verb for verb, least in LEAST_ROLE.items() if least is Role[role.upper()]}
 
 
-@pytest.mark.parametrize("verb", VERBS)
+SPANNING = ("audit", "repair")
+"""Of all namespaces: a key of some may not call them, whatever its role."""
+
+
+@pytest.mark.parametrize("verb", SPANNING)
+def test_what_is_of_all_namespaces_takes_all_of_them(
+    verb: str, gate: Guarded, roles: dict[str, Curve], whole: Curve
+) -> None:
+    with gate.wire(roles["admin"]) as wire, pytest.raises(PermissionDenied, match="all namespaces"):
+        wire.one(call_of(verb), snapshotter="memory")
+    with gate.wire(whole, namespace="red") as wire:
+        assert isinstance(wire.one(call_of(verb), snapshotter="memory"), protocol.AuditPage)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in SPANNING])
 @pytest.mark.parametrize("role", ROLES)
 def test_a_role_may_call_what_the_table_says(role: str, verb: str, gate: Guarded, roles: dict[str, Curve]) -> None:
     with gate.wire(roles[role]) as wire:
