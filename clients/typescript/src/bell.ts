@@ -44,3 +44,10 @@ export class Turns {
     this.#waiting--;
   };
 }
+
+/** Let the event loop do whatever else there is, once. */
+export function turn(): Promise<void> {
+  return new Promise((resolve) => {
+    setImmediate(resolve);
+  });
+}

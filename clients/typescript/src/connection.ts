@@ -15,6 +15,7 @@
 
 import type { Dealer, Observer, Subscriber } from "zeromq";
 
+import { turn } from "./bell.js";
 import type { Status } from "./contract.js";
 import { reachableEventsEndpoint } from "./endpoints.js";
 import {
@@ -574,12 +575,6 @@ function requestId(number: number): Buffer {
 
 function requestNumber(id: Buffer): number {
   return id.readUInt16BE() === 0 ? id.readUIntBE(2, 6) : -1;
-}
-
-function turn(): Promise<void> {
-  return new Promise((resolve) => {
-    setImmediate(resolve);
-  });
 }
 
 function seconds(ms: number): string {

@@ -19,21 +19,21 @@ const IPC = "ipc://";
 /** Hosts in a broker's answer that mean every host. */
 const ANY_HOST = ["*", "0.0.0.0", "[::]"];
 
-/** The variable's value; a variable that is empty is not set. */
-export function variable(name: string): string | undefined {
-  return process.env[name] === "" ? undefined : process.env[name];
+/** `given`, else the variable's value; what is empty is not set. */
+export function orVariable(given: string | undefined, name: string): string | undefined {
+  return [given, process.env[name]].find((value) => value !== undefined && value !== "");
 }
 
 /** Where a broker of this user keeps its sockets: `/run/snapbroker` for root, else in the runtime directory. */
 function runtimeDirectory(): string {
   const user = process.geteuid?.() ?? 0;
   if (user === 0) return "/run/snapbroker";
-  return join(variable("XDG_RUNTIME_DIR") ?? `/run/user/${user}`, "snapbroker");
+  return join(orVariable(undefined, "XDG_RUNTIME_DIR") ?? `/run/user/${user}`, "snapbroker");
 }
 
 /** The ROUTER's endpoint: `given`, else SNAPBROKER_ENDPOINT, else the default socket; a path becomes `ipc://`. */
 export function routerEndpoint(given?: string): string {
-  return asEndpoint(given ?? variable(ENDPOINT_VARIABLE) ?? join(runtimeDirectory(), "router.sock"));
+  return asEndpoint(orVariable(given, ENDPOINT_VARIABLE) ?? join(runtimeDirectory(), "router.sock"));
 }
 
 /**
@@ -41,7 +41,7 @@ export function routerEndpoint(given?: string): string {
  * SNAPBROKER_EVENTS_ENDPOINT, else `events.sock` beside an ipc router's socket.
  */
 export function eventsEndpoint(given: string | undefined, router: string): string | undefined {
-  const chosen = given ?? variable(EVENTS_ENDPOINT_VARIABLE);
+  const chosen = orVariable(given, EVENTS_ENDPOINT_VARIABLE);
   if (chosen !== undefined) return asEndpoint(chosen);
   if (!router.startsWith(IPC) || router.startsWith(`${IPC}@`)) return undefined;
   return IPC + join(dirname(router.slice(IPC.length)), "events.sock");
@@ -63,14 +63,14 @@ export function reachableEventsEndpoint(status: Status, router: string): string 
 
 /** `given`, else SNAPBROKER_NAMESPACE, else `default`; InvalidArgument where it is malformed. */
 export function namespaceOrDefault(given?: string): string {
-  const chosen = text(given ?? variable(NAMESPACE_VARIABLE) ?? NAMESPACE, "namespace");
+  const chosen = text(orVariable(given, NAMESPACE_VARIABLE) ?? NAMESPACE, "namespace");
   checkNamespace(chosen);
   return chosen;
 }
 
 /** `given`, else SNAPBROKER_SNAPSHOTTER, else undefined: the broker is asked for its only one. */
 export function snapshotterOrNone(given?: string): string | undefined {
-  return given ?? variable(SNAPSHOTTER_VARIABLE);
+  return orVariable(given, SNAPSHOTTER_VARIABLE);
 }
 
 /** The target frame that names `snapshotter`; InvalidArgument where no snapshotter can have that name. */

@@ -3,7 +3,7 @@
 import type { Subscriber } from "zeromq";
 
 import { milliseconds, sequenceNumber } from "./arguments.js";
-import { Bell, Turns } from "./bell.js";
+import { Bell, turn, Turns } from "./bell.js";
 import type { Connection } from "./connection.js";
 import type { SnapshotEvent } from "./contract.js";
 import { FailedPreconditionError, OutOfRangeError, ResourceExhaustedError, UnavailableError } from "./errors.js";
@@ -212,6 +212,9 @@ export class Events implements AsyncIterableIterator<SnapshotEvent> {
     if (left > 0) {
       await this.#bell.wait(Math.min(left, until - performance.now()));
     } else {
+      // A program that was stopped finds its timer run out before it could look at what lies in the socket.
+      await turn();
+      if (this.#message !== undefined) return;
       this.#heard = performance.now();
       tracker.doubt();
     }

@@ -4,7 +4,7 @@ import { createPrivateKey, createPublicKey } from "node:crypto";
 import { open } from "node:fs/promises";
 
 import { text } from "./arguments.js";
-import { variable } from "./endpoints.js";
+import { orVariable } from "./endpoints.js";
 import { InvalidArgumentError } from "./errors.js";
 import { reason } from "./msgpack.js";
 
@@ -35,7 +35,7 @@ const SPKI_LENGTH = 12;
  */
 export async function keysFor(endpoint: string, clientKey?: string, serverKey?: string): Promise<Keys | undefined> {
   if (endpoint.startsWith("ipc://")) return undefined;
-  const path = clientKey ?? variable(CLIENT_KEY_VARIABLE);
+  const path = orVariable(clientKey, CLIENT_KEY_VARIABLE);
   if (path === undefined) return undefined;
   const own = await readKeyFile(text(path, "clientKey"));
   const publicKey = keyOf(own, "public_key", path);
@@ -43,7 +43,7 @@ export async function keysFor(endpoint: string, clientKey?: string, serverKey?: 
   if (publicOf(secretKey) !== publicKey) {
     throw new InvalidArgumentError(`${path}: public_key is not that of secret_key: ask for the file again`);
   }
-  const server = serverKey ?? variable(SERVER_KEY_VARIABLE);
+  const server = orVariable(serverKey, SERVER_KEY_VARIABLE);
   if (server !== undefined) {
     const told = isKey(server) ? server : keyOf(await readKeyFile(text(server, "serverKey")), "public_key", server);
     return { publicKey, secretKey, serverKey: told };
