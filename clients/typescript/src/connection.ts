@@ -42,7 +42,7 @@ import {
   type Read,
   type Slot,
 } from "./session.js";
-import { connectTo, dealer, subscriber } from "./sockets.js";
+import { connectAnew, connectTo, dealer, RECONNECT_MS, RECONNECT_MS_MAX, subscriber } from "./sockets.js";
 
 /** Longest time a timer can be set to: 24 days, which is without end for a call. */
 const TIMER_MS_MAX = 2 ** 31 - 1;
@@ -135,6 +135,8 @@ export class Connection {
   readonly #subscriptions = new Set<Subscriber>();
   #connected = false;
   #refusal: Refusal | undefined;
+  #reconnecting: NodeJS.Timeout | undefined;
+  #reconnectMs = RECONNECT_MS;
   #number = 0;
   #received = 0;
   #requests = 0;
@@ -328,6 +330,7 @@ export class Connection {
         case "handshake":
           this.#connected = true;
           this.#refusal = undefined;
+          this.#reconnectMs = RECONNECT_MS;
           this.#sendUnsent();
           break;
         case "disconnect":
@@ -372,12 +375,22 @@ export class Connection {
     } while (this.#received !== before);
   }
 
+  /** A handshake failed. Where it is the other side's word, ZeroMQ does not try again by itself. */
   #refused(type: string, error: object): void {
+    if (type !== "handshake:error:other") this.#connectLater();
     const code = "code" in error ? String(error.code) : "";
     const status = "status" in error ? Number(error.status) : 0;
     this.#refusal = refusalOf({ type, code, status }, this.endpoint, this.#facts.keys !== undefined) ?? this.#refusal;
     if (!this.#refusal?.atOnce) return;
     for (const pursuit of [...this.#unsent]) this.#end(pursuit, this.#refusal.error);
+  }
+
+  #connectLater(): void {
+    clearTimeout(this.#reconnecting);
+    this.#reconnecting = setTimeout(() => {
+      connectAnew(this.#dealer, this.endpoint);
+    }, this.#reconnectMs);
+    this.#reconnectMs = Math.min(2 * this.#reconnectMs, RECONNECT_MS_MAX);
   }
 
   // Repeats.
@@ -502,6 +515,7 @@ export class Connection {
       this.#end(pursuit, error);
     }
     this.closed = true;
+    clearTimeout(this.#reconnecting);
     for (const socket of this.#subscriptions) socket.close();
     this.#subscriptions.clear();
     this.#dealer.close();
@@ -541,6 +555,12 @@ export class Connection {
     const socket = subscriber(this.#eventsEndpoint, keys, prefixes);
     this.#subscriptions.add(socket);
     return socket;
+  }
+
+  /** Connect a socket of the publisher anew: what it heard of before is too long ago (RFC 2, 7.2). */
+  resubscribe(socket: Subscriber): void {
+    if (this.#subscriptions.has(socket) && this.#eventsEndpoint !== undefined)
+      connectAnew(socket, this.#eventsEndpoint);
   }
 
   /** Close a socket of the publisher. */

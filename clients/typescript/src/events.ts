@@ -216,6 +216,7 @@ export class Events implements AsyncIterableIterator<SnapshotEvent> {
       await turn();
       if (this.#message !== undefined) return;
       this.#heard = performance.now();
+      this.#connection.resubscribe(socket);
       tracker.doubt();
     }
   }

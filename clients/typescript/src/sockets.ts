@@ -18,9 +18,9 @@ import { BODY_BYTES_MAX } from "./protocol.js";
 /** How long a call waits for a broker that is not there: longer than a restart takes, short for somebody who waits. */
 export const CONNECT_MS = 3_000;
 /** First pause between attempts to connect. */
-const RECONNECT_MS = 50;
+export const RECONNECT_MS = 50;
 /** Longest pause between attempts to connect. */
-const RECONNECT_MS_MAX = 1_000;
+export const RECONNECT_MS_MAX = 1_000;
 /** How long closing waits for the last messages, such as a Cancel, to leave. */
 const LINGER_MS = 100;
 /** Most events a subscriber's socket holds; what comes above is dropped and healed from the journal. */
@@ -74,4 +74,14 @@ export function connectTo(socket: Dealer | Subscriber, endpoint: string): void {
     socket.close();
     throw new InvalidArgumentError(`'${endpoint}' is no endpoint to connect to: ${reason(error)}`);
   }
+}
+
+/** Connect once more, and never twice at the same time. */
+export function connectAnew(socket: Dealer | Subscriber, endpoint: string): void {
+  try {
+    socket.disconnect(endpoint);
+  } catch {
+    // ZeroMQ has given the connection up already.
+  }
+  socket.connect(endpoint);
 }
