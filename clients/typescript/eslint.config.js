@@ -10,6 +10,8 @@ export default defineConfig(
     rules: {
       // Numbers and bigints in messages are what they look like.
       "@typescript-eslint/restrict-template-expressions": ["error", { allowNumber: true }],
+      // It asks for what another rule forbids.
+      "@typescript-eslint/non-nullable-type-assertion-style": "off",
       // A reader answers nothing where the wire says nothing.
       "@typescript-eslint/no-invalid-void-type": ["error", { allowInGenericTypeArguments: true }],
       // An abort's reason is whatever the caller gave it.

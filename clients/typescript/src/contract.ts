@@ -67,8 +67,8 @@ export interface Usage {
 
 /** How far a long call is, in entries and bytes. */
 export interface Progress {
-  readonly entries: number;
-  readonly bytes: number;
+  readonly entries: bigint;
+  readonly bytes: bigint;
 }
 
 /** The verbs that change something, and so have a topic. */

@@ -1,15 +1,16 @@
 /**
  * MessagePack as the wire wants it: integers in their shortest form, 64 bits without loss, text that is text.
  *
- * The library is `@msgpack/msgpack`. Three things it leaves to its user are done here. A bigint is written in nine bytes
- * whatever its value, and a number above 2^32 as a float: `integer` chooses the type by the value. Text is decoded without
- * looking whether it is UTF-8: `checkText` looks. And a map's key `__proto__`, a legal label, is refused: it travels through
- * the decoder under another name, which no text can have.
+ * The library is `@msgpack/msgpack`. What it leaves to its user is done here. A bigint is written in nine bytes whatever its
+ * value, and a number above 2^32 as a float: `integer` chooses the type by the value. A float is decoded as a number like an
+ * integer, and text without looking whether it is UTF-8: `prepared` makes other things of them before, which are malformed
+ * where an integer or text is asked for, and ignored in a field that nobody knows. And a map's key `__proto__`, a legal label, is refused, and one that is no text as well: they
+ * travel through the decoder under names which no text can have.
  */
 
 import { isUtf8 } from "node:buffer";
 
-import { Decoder, Encoder, type DecoderOptions } from "@msgpack/msgpack";
+import { Decoder, Encoder, ExtData, type DecoderOptions } from "@msgpack/msgpack";
 
 import { InternalError } from "./errors.js";
 
@@ -39,6 +40,8 @@ export function encode(message: unknown): Uint8Array {
 
 /** What the key `__proto__` is called between decoder and reader; half a surrogate pair is in no UTF-8. */
 export const PROTO = "\uD800__proto__";
+/** What a key that is no text is called. */
+export const ODD = "\uD801";
 
 type KeyDecoder = NonNullable<DecoderOptions["keyDecoder"]>;
 
@@ -69,35 +72,42 @@ class FieldNames implements KeyDecoder {
   }
 }
 
-function mapKey(key: unknown): string {
-  if (typeof key === "string") return key;
-  throw new RangeError(`the name of a field is text, not ${typeof key}`);
+/** A float: not an integer, whatever its value. */
+export class Float {
+  constructor(readonly value: number) {}
 }
 
 const decoder = new Decoder({
   useBigInt64: true,
   keyDecoder: new FieldNames(),
-  mapKeyConverter: mapKey,
+  mapKeyConverter: (key) => (typeof key === "string" ? key : ODD),
+  // No field has a value of an extension type. A float comes as one, see `prepared`.
+  extensionCodec: {
+    tryToEncode: () => null,
+    decode: (data, type) => (type === FLOAT ? new Float(floatIn(data)) : new ExtData(type, data)),
+  },
   maxArrayLength: ENTRIES_MAX,
   maxMapLength: ENTRIES_MAX,
 });
 
 /** The one value that `body` is; an exception of any kind where it is none. */
 export function decode(body: Uint8Array): unknown {
-  const value = decoder.decode(body);
-  checkText(body);
-  return value;
+  return decoder.decode(prepared(body));
 }
 
 /**
- * RangeError unless every text in `body`, a well-formed body, is UTF-8.
+ * The body as the decoder is given it: with a `bin` in place of every text that is not UTF-8, and an extension type in
+ * place of every float. Mostly there is neither, and it is the body itself.
  *
- * Maps and arrays stand before what is in them, so one pass over the bytes meets every text without keeping count.
+ * Maps and arrays stand before what is in them, so one pass over the bytes meets every value without keeping count.
  */
-function checkText(body: Uint8Array): void {
+function prepared(body: Uint8Array): Uint8Array {
   const end = body.length;
+  const parts: Uint8Array[] = [];
+  let copied = 0;
   let at = 0;
   while (at < end) {
+    const start = at;
     const head = body[at++] ?? 0;
     let length = 0;
     let text = false;
@@ -112,17 +122,40 @@ function checkText(body: Uint8Array): void {
     } else if (head >= 0xdc && head <= 0xdf) {
       length = head & 1 ? 4 : 2;
     }
-    const next = at + length;
+    const content = at;
+    at = Math.min(at + length, end);
+    let instead = 0;
     if (text) {
-      while (at < next) {
-        if ((body[at++] ?? 0) >= 0x80) {
-          if (!isUtf8(body.subarray(next - length, next))) throw new RangeError("text that is not UTF-8");
-          break;
-        }
+      for (let index = content; index < at; index++) {
+        if ((body[index] ?? 0) < 0x80) continue;
+        if (!isUtf8(body.subarray(content, at))) instead = BIN_32;
+        break;
       }
+    } else if (head === 0xca || head === 0xcb) {
+      instead = EXT_32;
     }
-    at = next;
+    if (instead !== 0) {
+      parts.push(body.subarray(copied, start), headOf(instead, at - content), body.subarray(content, at));
+      copied = at;
+    }
   }
+  return parts.length === 0 ? body : Buffer.concat([...parts, body.subarray(copied)]);
+}
+
+const BIN_32 = 0xc6;
+const EXT_32 = 0xc9;
+/** The extension type that a float comes as. */
+const FLOAT = 0x7f;
+
+function headOf(head: number, length: number): Buffer {
+  const bytes = Buffer.of(head, 0, 0, 0, 0, ...(head === EXT_32 ? [FLOAT] : []));
+  bytes.writeUInt32BE(length, 1);
+  return bytes;
+}
+
+function floatIn(data: Uint8Array): number {
+  const view = new DataView(data.buffer, data.byteOffset, data.length);
+  return data.length === 4 ? view.getFloat32(0) : view.getFloat64(0);
 }
 
 interface Form {

@@ -22,7 +22,7 @@ import {
   type Usage,
 } from "./contract.js";
 import { errorOf, InvalidArgumentError, UnimplementedError, type Details, type SnapbrokerError } from "./errors.js";
-import { checking, decode, encode, integer, PROTO, reading, reason, type WireInteger } from "./msgpack.js";
+import { checking, decode, encode, Float, integer, ODD, PROTO, reading, reason, type WireInteger } from "./msgpack.js";
 
 /** First frame of every request and reply. */
 export const REQUEST_VERSION = Buffer.from("SNBR\x01", "latin1");
@@ -236,10 +236,11 @@ function malformed(what: string, expected: string): TypeError {
 }
 
 function fields(value: unknown, what: string): Fields {
-  if (typeof value === "object" && value !== null && Object.getPrototypeOf(value) === Object.prototype) {
-    return value as Fields;
+  if (typeof value !== "object" || value === null || Object.getPrototypeOf(value) !== Object.prototype) {
+    throw malformed(what, "a map");
   }
-  throw malformed(what, "a map");
+  if (ODD in value) throw malformed(`a name in ${what}`, "text");
+  return value as Fields;
 }
 
 function text(value: unknown, what: string): string {
@@ -275,10 +276,14 @@ function int53Or(value: unknown, what: string, absent = 0): number {
   throw malformed(what, "an integer below 2^53");
 }
 
+function required(fields: Fields, ...names: string[]): void {
+  for (const name of names) if (fields[name] === undefined) throw malformed(name, "there");
+}
+
 function real(value: unknown, what: string): number {
   if (value === undefined) return 0;
-  if (typeof value === "number") return value;
-  if (typeof value === "bigint") return Number(value);
+  if (value instanceof Float) return value.value;
+  if (typeof value === "number" || typeof value === "bigint") return Number(value);
   throw malformed(what, "a number");
 }
 
@@ -308,12 +313,21 @@ function map<T>(value: unknown, what: string, read: (value: unknown, what: strin
   return result;
 }
 
+/** A value of details: an integer that a number holds without doubt is a number, however it was written. */
+function plain(value: unknown): unknown {
+  if (typeof value === "bigint") return integer(value);
+  if (value instanceof Float) return value.value;
+  if (Array.isArray(value)) return value.map(plain);
+  if (typeof value !== "object" || value === null || value instanceof Uint8Array) return value;
+  return Object.getPrototypeOf(value) === Object.prototype ? map(value, "details", plain) : value;
+}
+
 // Answers.
 
 /** The answer of prepare, view and mounts. */
 export function readMounts(value: unknown): Mounts {
   const answer = fields(value, "the answer");
-  if (answer["mounts"] === undefined) throw malformed("mounts", "there");
+  required(answer, "mounts");
   return { mounts: list(answer["mounts"], "mounts", readMount), fence: int64Or(answer["fence"], "fence") };
 }
 
@@ -395,6 +409,7 @@ function readEvent(value: unknown): SnapshotEvent {
 /** The answer of status. */
 export function readStatus(value: unknown): Status {
   const status = fields(value, "status");
+  required(status, "pid", "uptime_seconds", "resident_bytes");
   return {
     version: text(status["version"], "version"),
     pid: int53Or(status["pid"], "pid"),
@@ -448,11 +463,10 @@ function readReply(value: unknown): Reply {
 
 function readOutcome(value: unknown): Outcome {
   const outcome = fields(value, "an outcome");
-  const call = outcome["call"];
-  if (typeof call !== "number" || !Number.isInteger(call)) throw malformed("call", "an integer");
+  required(outcome, "call");
   const progress = outcome["progress"];
   return {
-    call,
+    call: int53Or(outcome["call"], "call"),
     ok: outcome["ok"],
     error: readFault(outcome["error"]),
     progress: progress === undefined || progress === null ? undefined : readProgress(progress),
@@ -461,7 +475,7 @@ function readOutcome(value: unknown): Outcome {
 
 function readProgress(value: unknown): Progress {
   const progress = fields(value, "progress");
-  return { entries: int53Or(progress["entries"], "entries"), bytes: int53Or(progress["bytes"], "bytes") };
+  return { entries: int64Or(progress["entries"], "entries"), bytes: int64Or(progress["bytes"], "bytes") };
 }
 
 function readFault(value: unknown): Fault | undefined {
@@ -470,7 +484,7 @@ function readFault(value: unknown): Fault | undefined {
   return {
     code: text(fault["code"], "code"),
     message: text(fault["message"], "message"),
-    details: map(fault["details"], "details", (one) => one),
+    details: map(fault["details"], "details", plain),
   };
 }
 

@@ -328,11 +328,10 @@ export class Exchange extends Pursuit {
     return true;
   }
 
-  /** The request was refused as a whole, or the snapshotter died: only its message tells which. */
+  /** The request was refused as a whole; or the snapshotter died, which is told by a detail (RFC 1, 6.4). */
   #receiveRefusal(error: SnapbrokerError): boolean {
-    const unavailable = error instanceof UnavailableError;
-    this.doubt ||= unavailable && error.message.includes("unknown");
-    if (this.patient && unavailable) this.failure = error;
+    this.doubt ||= error.details["in_doubt"] === true;
+    if (this.patient && error instanceof UnavailableError) this.failure = error;
     else this.fail(error);
     return true;
   }

@@ -56,7 +56,7 @@ describe("calls of one turn", () => {
     using fake = await new FakeBroker((received) => received.succeed(INFO)).start();
     await using broker = await to(fake);
     const call = async (hops: number) => {
-      for (let hop = 0; hop < hops; hop++) await undefined;
+      for (let hop = 0; hop < hops; hop++) await Promise.resolve();
       return broker.stat(`hop-${hops}`);
     };
     await Promise.all([0, 1, 5, 9].map(call));
@@ -100,7 +100,7 @@ describe("calls of one turn", () => {
     using fake = await new FakeBroker((received) => received.succeed(INFO)).start();
     await using broker = await to(fake);
     const long = "x".repeat(6_000_000);
-    const calls = [..."abc"].map((key) => broker.update(key, { long }));
+    const calls = ["a", "b", "c"].map((key) => broker.update(key, { long }));
     const tooLong = failure(broker.update("d", { long: long.repeat(3) }));
     await Promise.all(calls);
     assert((await tooLong) instanceof InvalidArgumentError);
@@ -135,7 +135,7 @@ describe("calls of one turn", () => {
 describe("outcomes", () => {
   test("settle their calls in any order, progress first", async () => {
     using fake = await new FakeBroker(async (received) => {
-      await received.part(false, { call: 1, progress: { entries: 3, bytes: 2 ** 40 } });
+      await received.part(false, { call: 1, progress: { entries: 3n, bytes: 2n ** 40n } });
       await received.part(false, { call: 1, ok: { inodes: 1, size: 2n ** 53n + 1n } });
       await received.part(false, { call: 1, ok: { inodes: 2, size: 2 } });
       await received.part(true, { call: 0, error: { code: "not_found", message: "no", details: { a: 1 } } });
@@ -145,7 +145,7 @@ describe("outcomes", () => {
     const first = broker.stat("a");
     const second = broker.usage("b", { onProgress: (progress) => reports.push(progress) });
     assert.deepEqual(await second, { inodes: 1n, size: 9_007_199_254_740_993n });
-    assert.deepEqual(reports, [{ entries: 3, bytes: 2 ** 40 }]);
+    assert.deepEqual(reports, [{ entries: 3n, bytes: 2n ** 40n }]);
     const error = await failure(first);
     assert(error instanceof NotFoundError);
     assert.deepEqual([error.code, error.message, error.details, error.inDoubt], ["not_found", "no", { a: 1 }, false]);
@@ -167,7 +167,7 @@ describe("outcomes", () => {
 
   test("a progress callback that throws gives its own call up", async () => {
     using fake = await new FakeBroker(async (received) => {
-      await received.part(false, { call: 0, progress: { entries: 1, bytes: 1 } });
+      await received.part(false, { call: 0, progress: { entries: 1n, bytes: 1n } });
       await received.part(true, { call: 0, ok: MOUNTS }, { call: 1, ok: MOUNTS });
     }).start();
     await using broker = await to(fake);

@@ -125,7 +125,7 @@ export class FakeBroker {
   async #serve(router: Router): Promise<void> {
     try {
       for (;;) {
-        const received = new Received(router, (await router.receive()) as Buffer[]);
+        const received = new Received(router, await router.receive());
         if (received.verbs[0] === "cancel") {
           this.cancels.push(received);
           await received.succeed({});

@@ -10,7 +10,7 @@ import type {
   Status,
   Usage,
 } from "../src/contract.js";
-import { integer } from "../src/msgpack.js";
+import { Float, integer } from "../src/msgpack.js";
 import type { EventsPage, Fault, Heartbeat, Outcome, Reply, Request, WalkPage } from "../src/protocol.js";
 
 type Map = Record<string, unknown>;
@@ -85,10 +85,18 @@ function progress({ entries, bytes }: Progress): Map {
   return without({ entries: 0, bytes: 0 }, { entries: integer(entries), bytes: integer(bytes) });
 }
 
+/** An answer that was not read yet, as it is written again. */
+function unwrapped(value: unknown): unknown {
+  if (value instanceof Float) return value.value;
+  if (Array.isArray(value)) return value.map(unwrapped);
+  if (typeof value !== "object" || value === null || value instanceof Uint8Array) return value;
+  return Object.fromEntries(Object.entries(value).map(([name, member]) => [name, unwrapped(member)]));
+}
+
 export function outcome(of: Pick<Outcome, "call"> & Partial<Outcome>): Map {
   return {
     call: of.call,
-    ...(of.ok !== undefined && { ok: of.ok }),
+    ...(of.ok !== undefined && { ok: unwrapped(of.ok) }),
     ...(of.error && { error: fault(of.error) }),
     ...(of.progress && { progress: progress(of.progress) }),
   };
