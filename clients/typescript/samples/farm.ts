@@ -7,16 +7,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseArgs, promisify } from "node:util";
 
-import {
-  connect,
-  InternalError,
-  NotFoundError,
-  SnapbrokerError,
-  toJson,
-  type Broker,
-  type Mount,
-  type Walk,
-} from "snapbroker";
+import { connect, InternalError, NotFoundError, SnapbrokerError, toJson, type Broker, type Mount } from "snapbroker";
 
 const USAGE = "usage: farm [--count 100] [--callers 16] [--base NAME] [--prefix P] [--keep] [--json]";
 
@@ -52,11 +43,17 @@ async function mounted(mounts: readonly Mount[], work: (path: string) => Promise
   }
 }
 
-async function makeBase(broker: Broker, { base, prefix }: Plan): Promise<void> {
+/** The names that this run has made, and not those that were there before. */
+type Made = Set<string>;
+
+async function makeBase(broker: Broker, { base, prefix }: Plan, made: Made): Promise<void> {
   const key = `${base}-making`;
   const { mounts, fence } = await broker.prepare(key);
+  made.add(key);
   if (mounting) await mounted(mounts, (path) => writeFile(join(path, "base.txt"), `the base of ${prefix}\n`));
   await broker.commit(base, key, { sync: true, fence });
+  made.delete(key);
+  made.add(base);
 }
 
 async function use(plan: Plan, index: number, mounts: readonly Mount[]): Promise<void> {
@@ -83,22 +80,26 @@ class Times {
   }
 }
 
-async function workspace(broker: Broker, plan: Plan, index: number, times: Times): Promise<void> {
+async function workspace(broker: Broker, plan: Plan, index: number, times: Times, made: Made): Promise<void> {
   const key = `${plan.prefix}-${index}`;
   const labels = { farm: plan.prefix };
   const { mounts, fence } = await times.of("prepare", broker.prepare(key, { parent: plan.base, labels }));
-  await times.of("use", mounting ? use(plan, index, mounts) : Promise.resolve());
+  made.add(key);
+  if (mounting) await times.of("use", use(plan, index, mounts));
   await times.of("commit", broker.commit(`${key}-done`, key, { labels, fence }));
+  made.delete(key);
+  made.add(`${key}-done`);
 }
 
 /** All workspaces, `callers` at a time; the first error ends them, when those under way are done. */
-async function work(broker: Broker, plan: Plan, times: Times): Promise<void> {
+async function work(broker: Broker, plan: Plan, times: Times, made: Made): Promise<void> {
   let next = 0;
   let failed = false;
   const caller = async () => {
     while (!failed && next < plan.count) {
       try {
-        await workspace(broker, plan, next++, times);
+        stop.signal.throwIfAborted();
+        await workspace(broker, plan, next++, times, made);
       } catch (error) {
         failed = true;
         throw error;
@@ -109,27 +110,21 @@ async function work(broker: Broker, plan: Plan, times: Times): Promise<void> {
   for (const end of ends) if (end.status === "rejected") throw end.reason;
 }
 
-async function namesOf(walk: Walk): Promise<string[]> {
-  const names: string[] = [];
-  for await (const info of walk) names.push(info.name);
-  return names;
-}
-
 async function check(broker: Broker, { prefix, count }: Plan): Promise<void> {
-  const done = broker.walk({ filters: [`labels.farm==${JSON.stringify(prefix)},kind==committed`] });
-  const found = (await namesOf(done)).length;
-  if (found !== count) throw new InternalError(`${found} workspaces were committed, not ${count}`);
+  const done = [];
+  for await (const info of broker.walk({ filters: [`labels.farm=="${prefix}",kind==committed`] })) done.push(info);
+  if (done.length !== count) throw new InternalError(`${done.length} of ${count} workspaces are committed`);
 }
 
-async function removeAll(broker: Broker, { prefix, base, ownBase }: Plan): Promise<void> {
-  const made = await namesOf(broker.walk({ filters: [`labels.farm==${JSON.stringify(prefix)}`] }));
+/** Take away what this run has made, the base last, and wait until it is gone from disk. */
+async function discard(broker: Broker, { base }: Plan, made: Made): Promise<void> {
   const remove = async (name: string) => {
     await broker.remove(name).catch((error: unknown) => {
       if (!(error instanceof NotFoundError)) throw error;
     });
   };
-  await Promise.all(made.map(remove));
-  if (ownBase) await Promise.all([`${base}-making`, base].map(remove));
+  await Promise.all([...made].filter((name) => name !== base).map(remove));
+  if (made.has(base)) await remove(base);
   await broker.cleanup();
 }
 
@@ -167,16 +162,18 @@ function report(plan: Plan, times: Times, seconds: number): void {
 async function farm(plan: Plan): Promise<void> {
   await using broker = await connect();
   const times = new Times();
+  const made: Made = new Set();
+  let seconds: number;
   try {
-    if (plan.ownBase) await makeBase(broker, plan);
+    if (plan.ownBase) await makeBase(broker, plan, made);
     const begin = performance.now();
-    await work(broker, plan, times);
-    const seconds = (performance.now() - begin) / 1000;
+    await work(broker, plan, times, made);
+    seconds = (performance.now() - begin) / 1000;
     await check(broker, plan);
-    report(plan, times, seconds);
   } finally {
-    if (!plan.keep) await removeAll(broker, plan);
+    if (!plan.keep) await discard(broker, plan, made);
   }
+  report(plan, times, seconds);
 }
 
 /** What is to be done; undefined where the arguments are wrong, null where help was asked for. */
@@ -197,11 +194,19 @@ function read(): Plan | undefined | null {
     const [count, callers] = [values.count, values.callers].map((value) => (/^[0-9]{1,9}$/.test(value) ? +value : 0));
     if (!count || !callers) return undefined;
     const prefix = values.prefix ?? `farm-${randomBytes(4).toString("hex")}`;
+    if (!/^[A-Za-z0-9._-]+$/.test(prefix)) return undefined;
     const base = values.base ?? `${prefix}-base`;
     return { count, callers, prefix, base, ownBase: values.base === undefined, keep: values.keep, json: values.json };
   } catch {
     return undefined;
   }
+}
+
+const stop = new AbortController();
+for (const signal of ["SIGINT", "SIGTERM"]) {
+  process.on(signal, () => {
+    stop.abort(new Error(`it was told to stop by ${signal}`));
+  });
 }
 
 const plan = read();

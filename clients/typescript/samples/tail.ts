@@ -12,6 +12,8 @@ async function print(broker: Broker, options: EventsOptions): Promise<void> {
 
 async function tail(since: bigint | undefined, options: EventsOptions): Promise<void> {
   await using broker = await connect();
+  // A broker that is not there at the start is an error; one that goes away later is waited for.
+  await broker.status();
   try {
     await print(broker, { ...options, since: since ?? 0n });
   } catch (error) {
@@ -53,7 +55,8 @@ if (given === undefined) {
   console.log(USAGE);
 } else {
   try {
-    await tail(given.since, { follow: given.follow, topics: given.topics, signal: stop.signal });
+    const { since, follow, topics } = given;
+    await tail(since, { follow, topics, signal: stop.signal, ...(follow && { timeoutMs: Infinity }) });
   } catch (error) {
     if (!stop.signal.aborted) {
       const known = error instanceof SnapbrokerError;

@@ -46,7 +46,7 @@ function differences(before: ReadonlyMap<string, Info>, after: ReadonlyMap<strin
 
 async function watch(signal: AbortSignal): Promise<void> {
   await using broker = await connect();
-  const mirror = broker.mirror({ signal });
+  const mirror = broker.mirror({ signal, timeoutMs: Infinity });
   let first = true;
   for await (const change of mirror) {
     if (change.type === "changed") {

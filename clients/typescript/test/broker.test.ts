@@ -212,9 +212,6 @@ describe("a snapshotter that does not answer", () => {
     } finally {
       process.kill(pid, "SIGCONT");
     }
-    // What was taken back before the snapshotter could begin has not happened.
-    await broker.cleanup();
-    assert.deepEqual(await names(broker, "name==c"), []);
   });
 });
 
