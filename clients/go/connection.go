@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -443,6 +444,7 @@ func (c *connection) dispatch(p pursuit, body []byte) {
 	if c.monitor.readable() {
 		c.look()
 	}
+	c.knock()
 	r := p.core()
 	c.mu.Lock()
 	if !r.registered {
@@ -450,11 +452,6 @@ func (c *connection) dispatch(p pursuit, body []byte) {
 		return
 	}
 	left := r.deadline.Sub(c.patience.now()) + r.grace
-	if c.refused != nil && !c.connected {
-		c.end(p, c.refused)
-		c.mu.Unlock()
-		return
-	}
 	if !c.connected || len(c.unsent) > 0 {
 		c.keep(p, left)
 		c.mu.Unlock()
@@ -611,11 +608,13 @@ func (c *connection) look() {
 		}
 		c.mu.Lock()
 		switch {
-		case event == handshakeSucceeded:
+		case event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
 			c.connected, c.refused, c.suspected = true, nil, nil
 		case event&handshakeFailures != 0:
 			c.connected = false
 			c.handshakeFailed(event, value)
+		case event == zmq.EVENT_CLOSED:
+			c.suspected = nil // Nobody is there at all.
 		default:
 			broke = broke || c.connected
 			c.connected = false
@@ -665,19 +664,44 @@ func (c *connection) pursuits() []pursuit {
 
 // handshakeFailed keeps what the calls that wait for a connection are to be told (3/SNBA 3.5). With mu.
 func (c *connection) handshakeFailed(event zmq.Event, value int) {
-	const mechanismMismatch = 0x11000001
 	switch {
-	case event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+	case event == zmq.EVENT_HANDSHAKE_FAILED_AUTH && c.keyed:
 		c.refused = fault(CodeUnauthenticated, "the broker at %s refused this client's key: it was revoked, or never given "+
 			"to this broker", c.endpoint)
-	case event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL && value == mechanismMismatch && c.keyed:
-		c.refused = fault(CodeUnauthenticated, "%s does not speak CURVE: connect to it without a key", c.endpoint)
-	case event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL && value == mechanismMismatch:
-		c.refused = fault(CodeUnauthenticated, "%s asks for a key: pass WithClientKey or set %s", c.endpoint,
-			ClientKeyVariable)
-	case c.keyed:
-		c.suspected = fault(CodeUnauthenticated, "the handshake with %s failed: the server key is not this broker's",
-			c.endpoint)
+	case event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL && value != mechanismMismatch:
+		c.refused = c.mistaken()
+	case event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+		// One that has another key than was expected hangs up without a word, as one does that is just being stopped.
+		if strings.HasPrefix(c.endpoint, tcp) {
+			c.suspected = c.mistaken()
+		}
+	default:
+		c.refused = c.mismatched()
+	}
+}
+
+func (c *connection) mistaken() *Error {
+	if !c.keyed {
+		return c.mismatched()
+	}
+	return fault(CodeUnauthenticated, "the handshake with %s failed: the server key is not this broker's", c.endpoint)
+}
+
+func (c *connection) mismatched() *Error {
+	if c.keyed {
+		return fault(CodeUnauthenticated, "%s does not speak CURVE: connect to it without a key", c.endpoint)
+	}
+	return fault(CodeUnauthenticated, "%s asks for a key: pass WithClientKey or set %s", c.endpoint, ClientKeyVariable)
+}
+
+// knock tries again where libzmq has given up, as it does where it was refused. With io.
+func (c *connection) knock() {
+	c.mu.Lock()
+	refused := c.refused
+	c.refused = nil
+	c.mu.Unlock()
+	if refused != nil {
+		c.socket.connectAnew(c.endpoint)
 	}
 }
 
@@ -863,6 +887,7 @@ func (c *connection) subscribe(ctx context.Context, prefixes []string, queued in
 	if err != nil {
 		return nil, err
 	}
+	socket.endpoint = *endpoint
 	c.subscriptions[socket] = guard
 	return socket, nil
 }

@@ -34,17 +34,22 @@ const (
 	frameBytesMax   = BodyBytesMax + 4096
 )
 
-// handshakeFailures are the monitor's events of a handshake that did not end well: without detail, protocol, auth.
-const handshakeFailures = zmq.Event(0x0800 | 0x2000 | 0x4000)
-const handshakeSucceeded = zmq.Event(0x1000)
+const (
+	handshakeFailures = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL |
+		zmq.EVENT_HANDSHAKE_FAILED_AUTH
+	monitored = zmq.EVENT_HANDSHAKE_SUCCEEDED | handshakeFailures | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+	// mechanismMismatch is libzmq's ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH.
+	mechanismMismatch = 0x11000002
+)
 
 var monitors atomic.Uint64
 
 // watched is a socket with its descriptor in the runtime's poller.
 type watched struct {
 	*zmq.Socket
-	file *os.File
-	raw  syscall.RawConn
+	file     *os.File
+	raw      syscall.RawConn
+	endpoint string // of a subscriber's
 }
 
 // watch gives the poller a copy of the socket's descriptor: the socket closes its own.
@@ -72,7 +77,7 @@ func watch(socket *zmq.Socket) (*watched, error) {
 		_ = file.Close()
 		return nil, fmt.Errorf("poll: %w", err)
 	}
-	return &watched{socket, file, raw}, nil
+	return &watched{Socket: socket, file: file, raw: raw}, nil
 }
 
 // readable says whether a message can be taken; it also makes the socket do what was put off.
@@ -116,6 +121,13 @@ func (w *watched) send(frames ...[]byte) bool {
 	return true
 }
 
+// connectAnew has a connection made at once, and one that libzmq has given up tried again.
+func (w *watched) connectAnew(endpoint string) {
+	// Where there is none to take away the next line is all there is to do; an endpoint that was good stays so.
+	_ = w.Disconnect(endpoint)
+	_ = w.Connect(endpoint)
+}
+
 // opened says whether the socket was not closed yet.
 func (w *watched) opened() bool {
 	_, err := w.Context()
@@ -148,7 +160,7 @@ func dealer(context *zmq.Context, endpoint string, keys *curveKeys) (socket, mon
 		// A ROUTER drops what does not fit a peer's queue. The queue is bounded by what this client asked for.
 		bare.SetRcvhwm(0),
 		setCommon(bare, endpoint, keys),
-		bare.Monitor(address, handshakeSucceeded|handshakeFailures|zmq.EVENT_DISCONNECTED),
+		bare.Monitor(address, monitored),
 		// The I/O thread would block on a full queue of a monitor that nobody reads.
 		watcher.SetRcvhwm(0),
 		watcher.SetLinger(0),

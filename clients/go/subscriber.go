@@ -5,6 +5,7 @@ import (
 	"errors"
 	"iter"
 	"os"
+	"strings"
 	"sync"
 	"time"
 )
@@ -255,8 +256,18 @@ func (s *Subscriber) wait(ctx context.Context) ([][]byte, error) {
 	if now := time.Now(); !now.Before(silent) {
 		s.heard = now
 		s.tracker.doubt()
+		s.knock()
 	}
 	return nil, nil
+}
+
+// knock has a connection to another machine made anew that nothing was heard of: libzmq gives up where it was refused.
+func (s *Subscriber) knock() {
+	s.guard.Lock()
+	defer s.guard.Unlock()
+	if s.socket.opened() && strings.HasPrefix(s.socket.endpoint, tcp) {
+		s.socket.connectAnew(s.socket.endpoint)
+	}
 }
 
 // askJournal takes a page of what is missing from the journal, asking again, until the timeout, where it is unavailable.
