@@ -853,12 +853,6 @@ func (c *connection) closedError() *Error {
 	return fault(CodeFailedPrecondition, "the connection to %s is closed: dial again", c.endpoint)
 }
 
-func (c *connection) isClosed() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.closed
-}
-
 // subscribe opens a socket of the publisher, for one subscriber.
 func (c *connection) subscribe(ctx context.Context, prefixes []string, queued int, guard *sync.Mutex) (*watched, error) {
 	endpoint := c.eventsEndpoint.Load()

@@ -79,7 +79,6 @@ type walker struct {
 	page    int64
 	after   string
 	current *pages
-	first   bool
 }
 
 // next answers the next page; where the walk broke off it is asked for behind the last one, as a request is repeated.

@@ -42,7 +42,7 @@ func (o *output) line(fields object) error {
 
 func record(ctx context.Context, namespaces []string) error {
 	if len(namespaces) == 0 {
-		return errors.New("usage: recorder NAMESPACE...")
+		return errors.New("name the namespaces: recorder NAMESPACE [NAMESPACE]")
 	}
 	client, err := snapbroker.Dial(ctx)
 	if err != nil {
