@@ -461,7 +461,7 @@ func (c *connection) dispatch(p pursuit, body []byte) {
 	c.arm(p, left)
 	id := r.id
 	c.mu.Unlock()
-	if !c.socket.send(requestVersion, binary.BigEndian.AppendUint64(nil, id), []byte(r.target), body) {
+	if !c.socket.send([4][]byte{requestVersion, binary.BigEndian.AppendUint64(nil, id), []byte(r.target), body}) {
 		c.mu.Lock()
 		// A broker that takes nothing for the moment is there all the same.
 		if r.registered && r.id == id {
@@ -539,7 +539,7 @@ func (c *connection) post() {
 	if c.socket != nil {
 		for _, frames := range outbox {
 			// Without a connection there is nobody to tell: the broker has lost the request with it.
-			c.socket.send(frames[:]...)
+			c.socket.send(frames)
 		}
 		c.afterSend()
 	}

@@ -22,8 +22,9 @@ var (
 
 // reader takes values off the front of a body; the first error stays, and every value after it is zero.
 type reader struct {
-	rest []byte
-	err  error
+	rest   []byte
+	err    error
+	before Event // the one before this, whose texts the next is likely to have
 }
 
 func (r *reader) fail(err error) {
@@ -52,6 +53,15 @@ func (r *reader) text() string {
 		return ""
 	}
 	return string(value)
+}
+
+// textLike is text that is likely to be the same as one that is there already.
+func (r *reader) textLike(known string) string {
+	if value, rest, err := msgp.ReadStringZC(r.rest); err == nil && string(value) == known {
+		r.rest = rest
+		return known
+	}
+	return r.text()
 }
 
 func (r *reader) integer() int64 {
@@ -245,13 +255,16 @@ func (r *reader) required(got, want uint, what string) {
 	}
 }
 
-func (r *reader) info() Info {
+func (r *reader) info() Info { return r.infoLike("") }
+
+// infoLike is an info whose name is likely to be known.
+func (r *reader) infoLike(name string) Info {
 	var info Info
 	var got uint
 	for n := r.mapping(); n > 0 && r.err == nil; n-- {
 		switch string(r.field()) {
 		case "name":
-			info.Name = r.text()
+			info.Name = r.textLike(name)
 			got |= 1
 		case "kind":
 			info.Kind = r.kind()
@@ -412,19 +425,19 @@ func (r *reader) event() Event {
 			event.Time = r.integer()
 			got |= 4
 		case "snapshotter":
-			event.Snapshotter = r.text()
+			event.Snapshotter = r.textLike(r.before.Snapshotter)
 			got |= 8
 		case "namespace":
-			event.Namespace = r.text()
+			event.Namespace = r.textLike(r.before.Namespace)
 			got |= 16
 		case "verb":
-			event.Verb = r.text()
+			event.Verb = r.verb()
 			got |= 32
 		case "key":
 			event.Key = r.text()
 		case "info":
 			if event.Info = nil; !r.absent() {
-				info := r.info()
+				info := r.infoLike(event.Key)
 				event.Info = &info
 			}
 		default:
@@ -432,7 +445,21 @@ func (r *reader) event() Event {
 		}
 	}
 	r.required(got, 63, "an event")
+	r.before = event
 	return event
+}
+
+// verb is one of few words, which need no copy each.
+func (r *reader) verb() string {
+	word, _, err := msgp.ReadStringZC(r.rest)
+	if err == nil {
+		for _, known := range eventVerbs {
+			if string(word) == known {
+				return r.textLike(known)
+			}
+		}
+	}
+	return r.text()
 }
 
 func (r *reader) heartbeat() heartbeat {
@@ -656,8 +683,19 @@ func (r *reply) normalise() {
 
 // decode reads the whole body with one of the functions above.
 func decode[T any](body []byte, read func(*reader) T, what string) (T, error) {
+	return decodeLike(body, read, what, nil)
+}
+
+// decodeLike is decode for a message that is likely to have texts of the event before it, and keeps it for the next.
+func decodeLike[T any](body []byte, read func(*reader) T, what string, before *Event) (T, error) {
 	r := reader{rest: body}
+	if before != nil {
+		r.before = *before
+	}
 	value := read(&r)
+	if before != nil && r.err == nil {
+		*before = r.before
+	}
 	if r.err == nil && len(r.rest) > 0 {
 		r.fail(errTrailing)
 	}

@@ -47,6 +47,7 @@ var monitors atomic.Uint64
 // watched is a socket with its descriptor in the runtime's poller.
 type watched struct {
 	*zmq.Socket
+	transfer
 	file     *os.File
 	raw      syscall.RawConn
 	endpoint string // of a subscriber's
@@ -54,6 +55,10 @@ type watched struct {
 
 // watch gives the poller a copy of the socket's descriptor: the socket closes its own.
 func watch(socket *zmq.Socket) (*watched, error) {
+	transfer, err := transferOf(socket)
+	if err != nil {
+		return nil, err
+	}
 	descriptor, err := socket.GetFd()
 	if err != nil {
 		return nil, err
@@ -77,48 +82,13 @@ func watch(socket *zmq.Socket) (*watched, error) {
 		_ = file.Close()
 		return nil, fmt.Errorf("poll: %w", err)
 	}
-	return &watched{Socket: socket, file: file, raw: raw}, nil
+	return &watched{Socket: socket, transfer: transfer, file: file, raw: raw}, nil
 }
 
 // readable says whether a message can be taken; it also makes the socket do what was put off.
 func (w *watched) readable() bool {
 	state, err := w.GetEvents()
 	return err == nil && state&zmq.POLLIN != 0
-}
-
-// receive takes a message if one is there.
-func (w *watched) receive() ([][]byte, bool) {
-	frame, err := w.RecvBytes(zmq.DONTWAIT)
-	if err != nil {
-		return nil, false
-	}
-	frames := append(make([][]byte, 0, 4), frame)
-	for {
-		more, err := w.GetRcvmore()
-		if err != nil || !more {
-			return frames, err == nil
-		}
-		// The parts of a message are there together, or not at all.
-		if frame, err = w.RecvBytes(zmq.DONTWAIT); err != nil {
-			return nil, false
-		}
-		frames = append(frames, frame)
-	}
-}
-
-// send sends a message whole, or says that it cannot be sent at the moment.
-func (w *watched) send(frames ...[]byte) bool {
-	for i, frame := range frames {
-		flags := zmq.DONTWAIT
-		if i < len(frames)-1 {
-			flags |= zmq.SNDMORE
-		}
-		// Only the first frame of a message may be refused.
-		if _, err := w.SendBytes(frame, flags); err != nil {
-			return false
-		}
-	}
-	return true
 }
 
 // connectAnew has a connection made at once, and one that libzmq has given up tried again.

@@ -221,10 +221,10 @@ func (s *Subscriber) isClosed() bool {
 func (s *Subscriber) take() ([][]byte, error) {
 	s.guard.Lock()
 	defer s.guard.Unlock()
-	frames, ok := s.socket.receive()
-	if !ok && !s.socket.opened() {
+	if !s.socket.opened() {
 		return nil, s.client.connection.closedError()
 	}
+	frames, _ := s.socket.receive()
 	return frames, nil
 }
 
@@ -254,6 +254,10 @@ func (s *Subscriber) wait(ctx context.Context) ([][]byte, error) {
 		return nil, s.client.connection.closedError()
 	}
 	if now := time.Now(); !now.Before(silent) {
+		// A program that was stopped for long wakes to both: what lies there first.
+		if frames, closed = s.take(); frames != nil || closed != nil {
+			return frames, closed
+		}
 		s.heard = now
 		s.tracker.doubt()
 		s.knock()

@@ -56,6 +56,7 @@ type tracker struct {
 	silence     time.Duration
 	statistics  SubscriberStatistics
 	beatTime    int64
+	before      Event // the one given out last
 	heartbeats  string
 	onlyTopic   string // the one complete topic asked for, if it is one
 }
@@ -177,7 +178,7 @@ func (t *tracker) feedEvent(topic []byte, sequence int64, body []byte) (event Ev
 		ok = follows && t.wanted(topic)
 	}
 	if ok {
-		event, err = decode(body, (*reader).event, "event")
+		event, err = decodeLike(body, (*reader).event, "event", &t.before)
 		if err != nil || event.Sequence != sequence {
 			t.statistics.Malformed++
 			return Event{}, false, nil

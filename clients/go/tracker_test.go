@@ -195,3 +195,17 @@ func TestGarbageIsNoMessage(t *testing.T) {
 		}
 	}
 }
+
+func BenchmarkEvents(b *testing.B) {
+	event := Event{Sequence: 1, Time: 1 << 60, Snapshotter: "overlayfs", Namespace: "default", Verb: "prepare",
+		Key: "job-12345", Info: &Info{Name: "job-12345", Kind: Active, Parent: "base", Created: 1 << 60, Updated: 1 << 60}}
+	frames := published(event.Topic(), 1, body((*writer).event, event))
+	tracker := must(newTracker("overlayfs", "default", nil, 0, silenceDefault))(b)
+	b.ReportAllocs()
+	for b.Loop() {
+		tracker.beginAt(0)
+		if _, ok, err := tracker.feed(frames); !ok || err != nil {
+			b.Fatal(ok, err)
+		}
+	}
+}
