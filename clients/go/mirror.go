@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"iter"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -24,6 +25,8 @@ type Change struct {
 	Event *Event
 	// Sequence of the event, or of the first page of the walk: events above it follow.
 	Sequence int64
+	// Known: the mirror had the event's effect already, from a later page of the walk.
+	Known bool
 	// Before is what the mirror held before a walk that was not the first; nil else.
 	Before map[string]Info
 }
@@ -89,17 +92,26 @@ func (m *Mirror) Next(ctx context.Context) (Change, error) {
 	if err != nil {
 		return Change{}, err
 	}
-	m.apply(&event)
-	return Change{Event: &event, Sequence: event.Sequence}, nil
+	return Change{Event: &event, Sequence: event.Sequence, Known: !m.apply(&event)}, nil
 }
 
-func (m *Mirror) apply(event *Event) {
+// apply says whether the event changed anything.
+func (m *Mirror) apply(event *Event) (changed bool) {
 	if event.Verb == "commit" || event.Verb == "remove" {
+		_, changed = m.snapshots[event.Key]
 		delete(m.snapshots, event.Key)
 	}
 	if event.Info != nil {
+		before, found := m.snapshots[event.Info.Name]
+		changed = changed || !found || !before.equal(event.Info)
 		m.snapshots[event.Info.Name] = *event.Info
 	}
+	return changed
+}
+
+func (i *Info) equal(other *Info) bool {
+	return i.Name == other.Name && i.Kind == other.Kind && i.Parent == other.Parent && i.Created == other.Created &&
+		i.Updated == other.Updated && maps.Equal(i.Labels, other.Labels)
 }
 
 // walk reads the state anew, asking again, until the timeout, where the broker is away.

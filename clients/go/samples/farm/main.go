@@ -45,6 +45,9 @@ type farm struct {
 	mounted bool
 	json    bool
 
+	mutex sync.Mutex
+	made  []string // what there is of this run
+
 	prepare, use, commit []time.Duration
 }
 
@@ -63,7 +66,7 @@ func main() {
 		fmt.Print(usage)
 		return
 	}
-	if err != nil || flags.NArg() > 0 || f.count < 1 || f.callers < 1 {
+	if err != nil || flags.NArg() > 0 || f.count < 1 || f.callers < 1 || !plain(f.prefix) {
 		fmt.Fprint(os.Stderr, usage)
 		os.Exit(2)
 	}
@@ -122,13 +125,18 @@ func (f *farm) makeBase(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	f.note(making, "")
 	err = f.inside(mounts, func(root string) error {
 		return os.WriteFile(filepath.Join(root, "base.txt"), []byte("the base of "+f.prefix+"\n"), 0o644)
 	})
 	if err != nil {
 		return err
 	}
-	return f.client.Commit(ctx, f.base, making, snapbroker.WithSync(), snapbroker.WithFence(mounts.Fence))
+	err = f.client.Commit(ctx, f.base, making, snapbroker.WithSync(), snapbroker.WithFence(mounts.Fence))
+	if err == nil {
+		f.note(f.base, making)
+	}
+	return err
 }
 
 // work makes all workspaces, some at a time.
@@ -163,6 +171,7 @@ func (f *farm) workspace(ctx context.Context, i int) error {
 	if err != nil {
 		return err
 	}
+	f.note(key, "")
 	prepared := time.Now()
 	if err := f.inside(mounts, func(root string) error { return f.build(root, i) }); err != nil {
 		return err
@@ -171,6 +180,7 @@ func (f *farm) workspace(ctx context.Context, i int) error {
 	if err := f.client.Commit(ctx, key+"-done", key, labels, snapbroker.WithFence(mounts.Fence)); err != nil {
 		return err
 	}
+	f.note(key+"-done", key)
 	f.prepare[i], f.use[i], f.commit[i] = prepared.Sub(begin), used.Sub(prepared), time.Since(used)
 	return nil
 }
@@ -233,26 +243,26 @@ func mountOptions(options []string) (flags uintptr, data string) {
 	return flags, strings.Join(rest, ",")
 }
 
-// cleanUp removes whatever the farm made, children before their parent.
+// cleanUp removes what this run made, children before their parent, and waits until it is gone.
 func (f *farm) cleanUp(ctx context.Context) error {
 	var failed error
-	remove := func(key string) {
-		if err := f.client.Remove(ctx, key); err != nil && !errors.Is(err, snapbroker.ErrNotFound) {
-			failed = cmp.Or(failed, err)
-		}
-	}
-	made, _, err := f.client.List(ctx, []string{"labels.farm==" + quote(f.prefix)})
-	if err != nil {
-		return err
-	}
-	for _, info := range made {
-		remove(info.Name)
-	}
-	if f.ownBase {
-		remove(f.base)
-		remove(f.base + "-making")
+	for _, name := range slices.Backward(f.made) {
+		failed = cmp.Or(failed, f.client.Remove(ctx, name))
 	}
 	return cmp.Or(failed, f.client.Cleanup(ctx))
+}
+
+// plain says whether a prefix has only what needs no quoting anywhere.
+func plain(prefix string) bool {
+	const letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+	return strings.Trim(prefix, letters+"0123456789._-") == ""
+}
+
+// note keeps that a snapshot of this run is there, under its first key or then its name.
+func (f *farm) note(name, instead string) {
+	f.mutex.Lock()
+	defer f.mutex.Unlock()
+	f.made = append(slices.DeleteFunc(f.made, func(other string) bool { return other == instead }), name)
 }
 
 type figures struct {
@@ -268,6 +278,9 @@ func measured(took []time.Duration) figures {
 
 func (f *farm) summary(took time.Duration) error {
 	prepare, use, commit := measured(f.prepare), measured(f.use), measured(f.commit)
+	if !f.mounted {
+		use = figures{}
+	}
 	rate := math.Round(float64(f.count)/took.Seconds()*10) / 10
 	seconds := math.Round(took.Seconds()*100) / 100
 	if f.json {

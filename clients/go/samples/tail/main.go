@@ -65,6 +65,10 @@ func tail(ctx context.Context, since int64, given, follow bool, topics []string)
 		return err
 	}
 	defer func() { _ = client.Close() }()
+	// A broker that is not there at the start is an error; one that goes away later is waited for.
+	if _, err := client.Status(ctx); err != nil {
+		return err
+	}
 	out := json.NewEncoder(os.Stdout)
 	out.SetEscapeHTML(false)
 	if !given {
@@ -106,13 +110,11 @@ func print(
 // patiently goes on where the broker was away for longer than the client waits.
 func patiently(ctx context.Context, subscriber *snapbroker.Subscriber) iter.Seq2[snapbroker.Event, error] {
 	return func(yield func(snapbroker.Event, error) bool) {
-		heard := false
 		for {
 			event, err := subscriber.Next(ctx)
-			if heard && errors.Is(err, snapbroker.ErrUnavailable) {
+			if errors.Is(err, snapbroker.ErrUnavailable) {
 				continue
 			}
-			heard = true
 			if !yield(event, err) || err != nil {
 				return
 			}

@@ -51,6 +51,10 @@ func watch(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = client.Close() }()
+	// A broker that is not there at the start is an error; one that goes away later is waited for.
+	if _, err := client.Status(ctx); err != nil {
+		return err
+	}
 	mirror, err := client.Mirror(ctx)
 	if err != nil {
 		return err
@@ -60,12 +64,14 @@ func watch(ctx context.Context) error {
 	for {
 		change, err := mirror.Next(ctx)
 		switch {
-		case errors.Is(err, snapbroker.ErrUnavailable) && !first:
+		case errors.Is(err, snapbroker.ErrUnavailable):
 			continue // It comes back, and then nothing was missed.
 		case err != nil:
 			return err
 		case change.Event != nil:
-			print(line(change.Event))
+			if !change.Known {
+				print(line(change.Event))
+			}
 			continue
 		case first:
 			for _, info := range mirror.Snapshots() {
