@@ -2,7 +2,9 @@ package snapbroker
 
 import (
 	"fmt"
+	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -116,4 +118,63 @@ func TestCurve(t *testing.T) {
 	c = dial(t, WithEndpoint(endpoint), WithSnapshotter("fake"), WithClientKey(wrong), WithConnectTimeout(patienceOfTests/30))
 	refused(t, errorOf(c.Stat(ctx, "x")), ErrUnauthenticated)
 	refused(t, errorOf(Dial(ctx, WithEndpoint(endpoint), WithClientKey("nowhere"))), ErrInvalidArgument)
+}
+
+// A real broker's remote sockets: calls, events that heal over its restart, and a key that may only read.
+func TestCurveOfBroker(t *testing.T) {
+	t.Parallel()
+	if exec.Command(executable(t), "keys", "--help").Run() != nil {
+		t.Skip("this snapbrokerd knows no keys: it came before 3/SNBA")
+	}
+	keys := t.TempDir()
+	check(t, os.Chmod(keys, 0o700))
+	write := func(name, text string, mode os.FileMode) string {
+		path := filepath.Join(keys, name)
+		check(t, os.WriteFile(path, []byte(text), mode))
+		return path
+	}
+	serverPublic, serverSecret, err := zmq.NewCurveKeypair()
+	check(t, err)
+	write("server.key", fmt.Sprintf("public_key = %q\nsecret_key = %q\n", serverPublic, serverSecret), 0o600)
+	server := write("server.pub", fmt.Sprintf("public_key = %q\n", serverPublic), 0o644)
+	grant := func(name, role string) string {
+		public, secret, err := zmq.NewCurveKeypair()
+		check(t, err)
+		write(name+".toml", fmt.Sprintf("public_key = %q\nrole = %q\nnamespaces = [\"default\"]\n", public, role), 0o644)
+		return keyFile(t, fmt.Sprintf("public_key = %q\nsecret_key = %q\n", public, secret), 0o600)
+	}
+	writer, reader := grant("writer", "write"), grant("reader", "read")
+	ports := [2]string{}
+	for i := range ports {
+		listener := must(net.Listen("tcp", "127.0.0.1:0"))(t)
+		ports[i] = tcp + listener.Addr().String()
+		check(t, listener.Close())
+	}
+	d := startDaemon(t, fmt.Sprintf("[publisher]\nheartbeat_ms = 100\n[tcp]\nendpoint = %q\nevents_endpoint = %q\nkeys = %q\n"+
+		"[snapshotters.overlayfs]\n", ports[0], ports[1], keys))
+	ctx := background(t)
+	remote := func(key string) *Client {
+		return dial(t, WithEndpoint(ports[0]), WithSnapshotter("overlayfs"), WithClientKey(key), WithServerKey(server),
+			WithPatience(patienceOfTests), WithConnectTimeout(patienceOfTests))
+	}
+	c, looker := remote(writer), remote(reader)
+	subscriber := must(looker.Subscribe(ctx))(t)
+	defer subscriber.Close()
+	for _, key := range []string{"before", "after"} {
+		must(c.Prepare(ctx, key, ""))(t)
+		if event := must(subscriber.Next(ctx))(t); event.Key != key {
+			t.Errorf("event %+v, not of %q", event, key)
+		}
+		if key == "before" {
+			d.kill()
+			d.start()
+		}
+	}
+	must(looker.Stat(ctx, "after"))(t)
+	told := refused(t, looker.Remove(ctx, "after"), ErrPermissionDenied)
+	if told.Details["needed"] != "write" {
+		t.Errorf("details %v", told.Details)
+	}
+	elsewhere := must(c.In("", "other"))(t)
+	refused(t, errorOf(elsewhere.Stat(ctx, "x")), ErrPermissionDenied)
 }
