@@ -3,6 +3,7 @@ package snapbroker
 import (
 	"errors"
 	"fmt"
+	"math"
 	"unicode/utf8"
 
 	"github.com/tinylib/msgp/msgp"
@@ -231,6 +232,13 @@ func (r *reader) value(depth int) any {
 		return values
 	case msgp.StrType:
 		return r.text()
+	case msgp.UintType:
+		whole, rest, err := msgp.ReadUint64Bytes(r.rest)
+		r.take(rest, err)
+		if whole <= math.MaxInt64 {
+			return int64(whole)
+		}
+		return whole
 	default:
 		value, rest, err := msgp.ReadIntfBytes(r.rest)
 		r.take(rest, err)

@@ -95,7 +95,8 @@ type Error struct {
 	Code Code
 	// Message is a sentence for people that may change at any time. It says what to do.
 	Message string
-	// Details has what a program can use, such as "retry_after_ms". Integers are int64 or uint64.
+	// Details has what a program can use, such as "retry_after_ms". Integers are int64, or uint64
+	// where they are larger.
 	Details map[string]any
 	// InDoubt: the call may have taken effect all the same, for no answer came, and a repeat brought none either.
 	// Without it a call that failed had no effect.

@@ -197,9 +197,10 @@ func (e *exchange) receive(part *reply, last bool) (bool, *Error) {
 		}
 	}
 	if part.error != nil {
-		// The request was refused as a whole, or the snapshotter died: only its message tells which.
+		// The request was refused as a whole; or the snapshotter died, which is told by a detail (1/SNBR 6.4).
 		unavailable := part.error.Code == CodeUnavailable
-		e.doubt = e.doubt || unavailable && strings.Contains(part.error.Message, "unknown")
+		inDoubt, _ := part.error.Details["in_doubt"].(bool)
+		e.doubt = e.doubt || inDoubt
 		if e.patient && unavailable {
 			e.failure = part.error
 		} else {

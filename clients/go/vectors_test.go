@@ -93,7 +93,8 @@ func writes[T any](write func(*writer, T)) func(*writer, any) {
 }
 
 func TestVectorsOfMessages(t *testing.T) {
-	for _, v := range golden(t).Messages {
+	all := golden(t)
+	for _, v := range slices.Concat(all.Messages, all.Refused) {
 		t.Run(v.Name, func(t *testing.T) {
 			codec, known := codecs[v.Type]
 			if !known {
@@ -105,7 +106,7 @@ func TestVectorsOfMessages(t *testing.T) {
 				t.Fatal(err)
 			}
 			compare(t, v.Type, reflect.ValueOf(value), parse(t, v.JSON))
-			w := newWriter(body)
+			w := newWriter()
 			codec.write(w, value)
 			if !bytes.Equal(w.body, body) {
 				t.Errorf("written as\n%x, not as\n%x", w.body, body)
@@ -124,12 +125,10 @@ func TestVectorsThatAreTolerated(t *testing.T) {
 				t.Fatal(err)
 			}
 			i := slices.IndexFunc(all.Messages, func(other vector) bool { return other.Name == v.SameAs })
-			plain, err := codec.read(all.Messages[i].body(t))
-			if err != nil {
-				t.Fatal(err)
-			}
-			if !reflect.DeepEqual(value, plain) {
-				t.Errorf("read as %+v, not as %+v", value, plain)
+			w := newWriter()
+			codec.write(w, value)
+			if want := all.Messages[i].body(t); !bytes.Equal(w.body, want) {
+				t.Errorf("written as\n%x, not as\n%x", w.body, want)
 			}
 		})
 	}
@@ -209,7 +208,7 @@ func exchangeRequest(t *testing.T, name string, frames [][]byte) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if w := newWriter(frames[3]); true {
+	if w := newWriter(); true {
 		if w.request(value); !bytes.Equal(w.body, frames[3]) {
 			t.Errorf("written as %x, not %x", w.body, frames[3])
 		}
@@ -220,7 +219,7 @@ func exchangeRequest(t *testing.T, name string, frames [][]byte) {
 // the view lacks has to be zero.
 func compare(t *testing.T, where string, value reflect.Value, view any) {
 	t.Helper()
-	for value.Kind() == reflect.Pointer {
+	for value.Kind() == reflect.Pointer || value.Kind() == reflect.Interface {
 		value = value.Elem()
 	}
 	switch view := view.(type) {
@@ -277,9 +276,6 @@ func compare(t *testing.T, where string, value reflect.Value, view any) {
 			}
 		}
 	case []any:
-		if value.Kind() == reflect.Interface {
-			value = value.Elem()
-		}
 		if value.Len() != len(view) {
 			t.Fatalf("%s: %d entries, not %d", where, value.Len(), len(view))
 		}
@@ -298,6 +294,10 @@ var defaulted = map[string]bool{"page": true, "credit": true, "cause": true}
 
 func plain(value reflect.Value) any {
 	switch value.Kind() {
+	case reflect.Invalid:
+		return nil
+	case reflect.Float32:
+		return value.Float()
 	case reflect.Interface:
 		return plain(value.Elem())
 	case reflect.String:

@@ -1,8 +1,6 @@
 package snapbroker
 
 import (
-	"bytes"
-	"cmp"
 	"errors"
 	"maps"
 	"slices"
@@ -41,7 +39,9 @@ func (r *reader) request() bodyOfRequest {
 		case "timeout_ms":
 			request.timeoutMS = r.integer()
 		case "token":
-			request.token = r.bytes()
+			if request.token = r.bytes(); len(request.token) > 64 {
+				r.fail(errors.New("a token over 64 bytes"))
+			}
 		default:
 			r.skip(0)
 		}
@@ -66,6 +66,7 @@ func (r *reader) pairs() []label {
 	var pairs []label
 	for n := r.mapping(); n > 0 && r.err == nil; n-- {
 		key := r.text()
+		pairs = slices.DeleteFunc(pairs, func(other label) bool { return other.key == key })
 		pairs = append(pairs, label{key, r.text()})
 	}
 	return pairs
@@ -151,14 +152,13 @@ func (r *reader) call() call {
 	return one
 }
 
-// writer writes messages. The keys of a map that has no order of its own are written as they come in like.
+// writer writes messages. The keys of a map that has no order of its own are written in that of their bytes.
 type writer struct {
 	message
 	stack []message
-	like  []byte
 }
 
-func newWriter(like []byte) *writer { return &writer{like: like} }
+func newWriter() *writer { return &writer{} }
 
 func (w *writer) begin() {
 	outer := w.message
@@ -177,16 +177,6 @@ func (w *writer) end() {
 	w.body = body
 }
 
-// keysLike orders keys by where they stand first in like, and by themselves where they do not.
-func keysLike[V any](w *writer, values map[string]V) []string {
-	keys := slices.Collect(maps.Keys(values))
-	slices.SortFunc(keys, func(a, b string) int {
-		at := func(key string) int { return bytes.Index(w.like, msgp.AppendString(nil, key)) }
-		return cmp.Or(cmp.Compare(at(a), at(b)), cmp.Compare(a, b))
-	})
-	return keys
-}
-
 func (w *writer) request(r bodyOfRequest) {
 	calls := make([][]byte, 0, len(r.calls))
 	for i := range r.calls {
@@ -203,7 +193,7 @@ func (w *writer) info(info Info) {
 	if len(info.Labels) > 0 {
 		w.key("labels")
 		w.body = msgp.AppendMapHeader(w.body, uint32(len(info.Labels)))
-		for _, key := range keysLike(w, info.Labels) {
+		for _, key := range slices.Sorted(maps.Keys(info.Labels)) {
 			w.body = msgp.AppendString(w.body, key)
 			w.body = msgp.AppendString(w.body, info.Labels[key])
 		}
@@ -294,7 +284,7 @@ func (w *writer) heartbeat(h heartbeat) {
 func (w *writer) integers(name string, values map[string]int64) {
 	w.key(name)
 	w.body = msgp.AppendMapHeader(w.body, uint32(len(values)))
-	for _, key := range keysLike(w, values) {
+	for _, key := range slices.Sorted(maps.Keys(values)) {
 		w.body = msgp.AppendString(w.body, key)
 		w.body = appendInteger(w.body, values[key])
 	}
@@ -304,7 +294,7 @@ func (w *writer) queues(values map[string]map[string]int64) {
 	if len(values) > 0 {
 		w.key("queues")
 		w.body = msgp.AppendMapHeader(w.body, uint32(len(values)))
-		for _, key := range keysLike(w, values) {
+		for _, key := range slices.Sorted(maps.Keys(values)) {
 			fields := w.fields
 			w.integers(key, values[key])
 			w.fields = fields
@@ -363,7 +353,7 @@ func (w *writer) fault(e *Error) {
 	if len(e.Details) > 0 {
 		w.key("details")
 		w.body = msgp.AppendMapHeader(w.body, uint32(len(e.Details)))
-		for _, key := range keysLike(w, e.Details) {
+		for _, key := range slices.Sorted(maps.Keys(e.Details)) {
 			w.body = msgp.AppendString(w.body, key)
 			w.value(e.Details[key])
 		}
@@ -379,6 +369,12 @@ func (w *writer) value(value any) {
 		w.body = msgp.AppendArrayHeader(w.body, uint32(len(value)))
 		for _, entry := range value {
 			w.value(entry)
+		}
+	case map[string]any:
+		w.body = msgp.AppendMapHeader(w.body, uint32(len(value)))
+		for _, key := range slices.Sorted(maps.Keys(value)) {
+			w.body = msgp.AppendString(w.body, key)
+			w.value(value[key])
 		}
 	default:
 		w.body, _ = msgp.AppendIntf(w.body, value)
@@ -424,7 +420,7 @@ func (w *writer) outcome(o outcome) {
 
 // body is what write writes.
 func body[T any](write func(*writer, T), value T) []byte {
-	w := newWriter(nil)
+	w := newWriter()
 	write(w, value)
 	return w.body
 }
