@@ -65,7 +65,23 @@ def _python(name: str, suffix: str, samples: tuple[str, ...]) -> Language:
     )
 
 
+def _go() -> Language:
+    folder = CLIENTS / "go"
+    samples = ("watch", "farm", "tail")
+    programs = {name: (str(folder / "bin" / name),) for name in ("driver", "recorder", "bench", *samples)}
+    return Language(
+        name="go",
+        folder=folder,
+        driver=programs["driver"],
+        recorder=programs["recorder"],
+        bench=programs["bench"],
+        samples={sample: programs[sample] for sample in samples},
+        build=(("go", "build", "-o", "bin/", "./conformance/...", "./samples/..."),),
+    )
+
+
 LANGUAGES: Final = (
     _python("python", "", ("watch", "farm", "tail")),
     _python("python-asyncio", "_aio", ()),
+    _go(),
 )
