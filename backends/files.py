@@ -459,11 +459,41 @@ class SyncStatistics:
     flushes: int
 
 
+LOST_MAX: Final = 10_000
+"""Trees that are remembered for a file that was lost."""
+
+
+def fsync_files(tree: str) -> None:
+    """Flush every regular file below a directory; OSError, with its path, of one that could not be written."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    for directory, _, names in os.walk(tree, onerror=_raise):
+        for name in names:
+            path = os.path.join(directory, name)
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                continue
+            descriptor = os.open(path, flags)
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, path) from None
+            finally:
+                os.close(descriptor)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
 class FilesystemSync:
     """Group flush of the filesystem that `fd` is on: callers at the same time share one syncfs.
 
     A caller is served by a syncfs that began after it called; one that is already running may have passed
     its files. So at most two run one after the other for any number of callers. `fd` stays the caller's.
+
+    The kernel reports a failed write-back of any file once, to whoever flushes next: all who share that flush are
+    told, and somebody else whose file it was finds that all is well. So from the first failure on nothing is
+    believed of the filesystem as a whole: each caller's files are asked one by one, and the kernel keeps what became
+    of them apart for each.
     """
 
     def __init__(self, fd: int) -> None:
@@ -475,9 +505,32 @@ class FilesystemSync:
         self._calls = 0
         self._failed_round = 0
         self._failure: OSError | None = None
+        self._lost: dict[str, OSError] = {}
+        """Trees of which a file was lost: asked again it would know of nothing."""
 
-    def sync(self) -> None:
-        """Return once everything written before the call is on disk; OSError when a write-back failed."""
+    def sync(self, *trees: str) -> None:
+        """Return once everything written before the call is on disk; OSError when a write-back failed.
+
+        `trees` are the paths of what the caller has written.
+        """
+        distrusted = self._failure is not None
+        self._flush()
+        if distrusted:
+            for tree in trees:
+                self._ask(tree)
+
+    def _ask(self, tree: str) -> None:
+        lost = self._lost.get(tree)
+        try:
+            if lost is not None:
+                raise OSError(lost.errno, lost.strerror, lost.filename)
+            fsync_files(tree)
+        except OSError as error:
+            if len(self._lost) < LOST_MAX:
+                self._lost[tree] = error
+            raise
+
+    def _flush(self) -> None:
         with self._changed:
             self._calls += 1
             wanted = self._begun + 1

@@ -126,7 +126,7 @@ class Native:
         """Write copies' data and directories to disk, in one flush of the filesystem for all who wait for one."""
         made = [snapshot for snapshot in snapshots if not _borrows(snapshot)]
         if any(snapshot.parents for snapshot in made):
-            self._sync.sync()
+            self._sync.sync(*(self._path(snapshot.id) for snapshot in made))
             return
         for snapshot in made:
             self._directories.sync((str(snapshot.id),), self._shelf.snapshots_fd)
@@ -194,7 +194,7 @@ class Native:
         """Measure it, as `usage` does; the directory stays what it is. With `sync`, flush it first (D12)."""
         task.advance(0)
         if sync:
-            self._sync.sync()
+            self._sync.sync(self._path(snapshot.id))
         return self.usage(snapshot, task)
 
     def settle(self, snapshot: Snapshot) -> None:

@@ -177,7 +177,7 @@ class Overlayfs:
         itself ignores every request to flush.
         """
         if sync:
-            self._filesystem_sync.sync()
+            self._filesystem_sync.sync(f"{self._prefix}{snapshot.id}/fs")
         return self.usage(snapshot, task)
 
     def settle(self, snapshot: Snapshot) -> None:

@@ -20,10 +20,18 @@ from snapbroker.errors import BrokerError, InvalidArgument
 class RouterLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Limits of the router."""
 
-    open_requests_max: int = 4096
-    """Most requests open at one snapshotter; beyond, resource_exhausted with a retry-after."""
+    open_requests_max: int = 8192
+    """Most requests open at one snapshotter, and one client has no more than is free; beyond, resource_exhausted."""
     open_bytes_max: int = 256 * 1024 * 1024
-    """Most bytes of bodies open at one snapshotter."""
+    """Most bytes of bodies open at one snapshotter, and one client has no more than is free."""
+    client_requests_max: int = 4096
+    """Most requests that one client has open at one snapshotter."""
+    client_bytes_max: int = 128 * 1024 * 1024
+    """Most bytes of bodies that one client has open at one snapshotter."""
+    window_bytes: int = 64 * 1024
+    """How much of a lone client a snapshotter has in its hands, the rest waits: a thousand calls, two group commits."""
+    window_shared_bytes: int = 4096
+    """The same while other clients call too: some fifty calls, two milliseconds of work that another one waits for."""
     send_queue_max: int = 10_000
     """Most messages waiting for one client that does not take them; beyond, its replies are dropped and counted."""
 
@@ -52,6 +60,9 @@ class SupervisorLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     """An actor that lived this long starts again with the initial pause."""
     silence_max_ms: int = 30_000
     """An actor that did not report for this long hangs: it is killed and restarted."""
+    progress_max_ms: int = 60_000
+    """An actor that reports, but whose transactions or pool did not move for this long, hangs: it is killed too.
+    Generous, since a flush of a slow disk, or one that waits for somebody's copy, may take long."""
     stop_timeout_ms: int = 4500
     """After a stop, when an actor that has not ended is killed."""
 

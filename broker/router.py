@@ -1,21 +1,22 @@
 """The router: moves requests from clients to actors and parts of replies back, and never reads a body.
 
 It knows which requests are open at which actor. That bounds an actor's mailbox truthfully (a request beyond the
-limit is refused at once, with the time after which it may succeed), and lets every caller of an actor that died be
-told so in the same moment.
+limit is refused at once, with the time after which it may succeed), keeps one client's flood from the others
+(`broker.actor.fairness`), and lets every caller of an actor that died be told so in the same moment.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 import zmq
 
 from broker.access import WHOLE, Denials, Grant, decode_grant
-from broker.actor import mailbox
+from broker.actor import fairness, mailbox
+from broker.actor.fairness import Admission
 from broker.gate import Gate, is_generated, told_user
 from broker.sockets import FramePort, Port
 from snapbroker.errors import (
@@ -23,7 +24,6 @@ from snapbroker.errors import (
     InvalidArgument,
     NotFound,
     PermissionDenied,
-    ResourceExhausted,
     Unavailable,
     Unimplemented,
 )
@@ -49,47 +49,22 @@ REMOTE: Final = b"\0remote:"
 """Before the identity of who came in by the remote socket: no identity of the local one can begin so, as those that
 libzmq makes have five bytes and those that clients choose do not begin with a zero."""
 
-_decode_newest = decoder(dict[str, int]).decode
+_decode_map = decoder(dict[str, int]).decode
 
 
-class Limits(Protocol):
+class Limits(fairness.Limits, Protocol):
     """What of the configuration is needed here."""
 
-    @property
-    def open_requests_max(self) -> int: ...  # noqa: D102
-    @property
-    def open_bytes_max(self) -> int: ...  # noqa: D102
     @property
     def send_queue_max(self) -> int: ...  # noqa: D102
 
 
 class Lane:
-    """The open requests of one actor: client and request id to size and arrival."""
+    """One actor, and what is open at it."""
 
-    def __init__(self, actor: Actor) -> None:
+    def __init__(self, actor: Actor, limits: Limits) -> None:
         self.actor = actor
-        self.open: dict[tuple[bytes, bytes], tuple[int, int]] = {}
-        self.bytes = 0
-        self.served = 0
-        self.refused = 0
-        self.mean_ns = 1_000_000.0
-
-    def add(self, key: tuple[bytes, bytes], size: int, arrival: int) -> None:
-        """A request goes to the actor."""
-        self.open[key] = (size, arrival)
-        self.bytes += size
-
-    def done(self, key: tuple[bytes, bytes], now: int) -> None:
-        """The last part of its reply came."""
-        entry = self.open.pop(key, None)
-        if entry is not None:
-            self.bytes -= entry[0]
-            self.served += 1
-            self.mean_ns += (now - entry[1] - self.mean_ns) / 64
-
-    def retry_after_ms(self) -> int:
-        """When there is likely room: about the time a request takes here."""
-        return max(1, int(self.mean_ns / 1e6))
+        self.admission = Admission(actor.name, limits)
 
 
 class Router:
@@ -140,7 +115,7 @@ class Router:
 
     def add(self, actor: Actor) -> None:
         """Serve an actor's name."""
-        self._lanes[actor.name.encode()] = Lane(actor)
+        self._lanes[actor.name.encode()] = Lane(actor, self._limits)
 
     # Clients.
 
@@ -209,21 +184,13 @@ class Router:
         self._admit(lane, client, request_id, body, frame)
 
     def _admit(self, lane: Lane, client: bytes, request_id: bytes, body: bytes, grant: bytes) -> None:
-        key = (client, request_id)
-        if key in lane.open:
-            raise InvalidArgument("this request id is still open: use another one")
-        if len(lane.open) >= self._limits.open_requests_max or lane.bytes + len(body) > self._limits.open_bytes_max:
-            lane.refused += 1
-            raise ResourceExhausted(
-                f"snapshotter {lane.actor.name!r} has {len(lane.open)} open requests of {lane.bytes} bytes, "
-                f"the limits are {self._limits.open_requests_max} and {self._limits.open_bytes_max}",
-                {"retry_after_ms": lane.retry_after_ms(), "position": len(lane.open)},
-            )
-        arrival = time.monotonic_ns()
         link = lane.actor.link
-        if link is None or not link.send((mailbox.REQUEST, client, request_id, mailbox.U64.pack(arrival), grant, body)):
+        if link is None or not link.open:
             raise Unavailable(f"snapshotter {lane.actor.name!r} is not connected, repeat in a moment")
-        lane.add(key, len(body), arrival)
+        arrival = time.monotonic_ns()
+        frames = (mailbox.REQUEST, client, request_id, mailbox.U64.pack(arrival), grant, body)
+        if lane.admission.admit(client, request_id, len(body), frames, arrival):
+            link.send(frames)
 
     def _answer(self, client: bytes, request_id: bytes, error: BrokerError) -> None:
         body = encode(Reply(error=fault(error)))
@@ -255,29 +222,44 @@ class Router:
         if kind == mailbox.REPLY:
             _, client, request_id, status, body = frames
             if status == DONE:
-                self._lanes[actor.name.encode()].done((client, request_id), time.monotonic_ns())
+                admission = self._lanes[actor.name.encode()].admission
+                self._hand_over(actor, admission.done(client, request_id, time.monotonic_ns()))
             self._send(client, request_id, status, body)
         elif kind == mailbox.EVENTS:
-            self._publish(actor.name, _decode_newest(frames[1]), frames[2:])
+            self._publish(actor.name, _decode_map(frames[1]), frames[2:])
+        elif kind == mailbox.ASIDE:
+            self._hand_over(actor, self._lanes[actor.name.encode()].admission.set_aside(frames[1], frames[2]))
         elif kind == mailbox.REPORT:
-            actor.report(frames[1])
+            actor.report(frames[1], _decode_map(frames[2]))
         elif kind == mailbox.READY:
             actor.became_ready(frames[1])
             if self._stopping:
                 _tell_to_stop(actor)
 
+    @staticmethod
+    def _hand_over(actor: Actor, requests: Iterable[fairness.Frames]) -> None:
+        """Send what has waited for its turn; what the link does not take, `gone` answers."""
+        for frames in requests:
+            if actor.link is not None:
+                actor.link.send(frames)
+
     def gone(self, actor: Actor) -> None:
         """The actor died: its last words are passed on, then everybody who still waits for it is told."""
         while actor.link is not None and actor.link.drain():
             continue
-        lane = self._lanes[actor.name.encode()]
-        waiting, lane.open, lane.bytes = lane.open, {}, 0
+        handed, kept = self._lanes[actor.name.encode()].admission.clear()
+        details = {"retry_after_ms": max(actor.retry_after_ms, 100)}
         error = Unavailable(
             f"snapshotter {actor.name!r} died with this call in its hands; whether it took effect is unknown: "
             "stat before you repeat",
-            {"retry_after_ms": max(actor.retry_after_ms, 100), "in_doubt": True},
+            {**details, "in_doubt": True},
         )
-        for client, request_id in waiting:
+        for client, request_id in handed:
+            self._answer(client, request_id, error)
+        error = Unavailable(
+            f"snapshotter {actor.name!r} died before it got this call; nothing was changed, repeat in a moment", details
+        )
+        for client, request_id in kept:
             self._answer(client, request_id, error)
 
     # Stopping.
@@ -291,17 +273,19 @@ class Router:
 
     def statistics(self) -> dict[str, dict[str, int]]:
         """For `status`."""
-        queues = {"router": {**self.front.statistics(), "dropped": self._dropped, "denied": self._denials.count}}
+        queues = {
+            "router": {
+                **self.front.statistics(),
+                "dropped": self._dropped,
+                "denied": self._denials.count,
+                "limit": self._limits.send_queue_max,
+            }
+        }
         if self.remote is not None:
-            queues["router.remote"] = self.remote.statistics()
+            queues["router.remote"] = {**self.remote.statistics(), "limit": self._limits.send_queue_max}
         for lane in self._lanes.values():
             queues[f"mailbox.{lane.actor.name}"] = {
-                "open": len(lane.open),
-                "limit": self._limits.open_requests_max,
-                "bytes": lane.bytes,
-                "served": lane.served,
-                "refused": lane.refused,
-                "mean_us": int(lane.mean_ns / 1000),
+                **lane.admission.statistics(),
                 "unsent": lane.actor.link.unsent_bytes if lane.actor.link else 0,
             }
         return queues

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -28,6 +29,7 @@ from broker.publisher import Publisher
 from broker.router import Router
 from broker.snapshotter.actor import Setup, kept_by
 from broker.snapshotter.space import Ballast
+from broker.systemd import keep_watchdog, notify
 from snapbroker.errors import BrokerError, FailedPrecondition, Unimplemented
 from snapbroker.protocol import ActorStatus, Outcome, Reply, Status, StatusAnswer, decode_request, encode, fault
 
@@ -97,6 +99,7 @@ class Server:
 
     def __init__(self, config: Config, findings: Sequence[Finding]) -> None:
         self._config = config
+        self._encoded_statuses: dict[tuple[Grant | None, bool], bytes] = {}
         self._started = time.monotonic()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._context.set(zmq.MAX_SOCKETS, 4096)
@@ -212,8 +215,7 @@ class Server:
         """Answer a request to the broker itself."""
         try:
             request = decode_request(body)
-            status = self.status(remote=remote)
-            answer = msgspec.Raw(encode(status if grant is None or grant.whole else _shown_to(grant, status)))
+            answer = msgspec.Raw(self._status_of_turn(grant, remote=remote))
             outcomes = tuple(
                 Outcome(call=index, ok=answer)
                 if isinstance(call, Status)
@@ -226,6 +228,18 @@ class Server:
             return encode(Reply(outcomes=outcomes))
         except BrokerError as error:
             return encode(Reply(error=fault(error)))
+
+    def _status_of_turn(self, grant: Grant | None, *, remote: bool) -> bytes:
+        """The encoded status, gathered once in a turn of the loop: a flood of questions takes no more of it."""
+        asked = (grant, remote)
+        encoded = self._encoded_statuses.get(asked)
+        if encoded is None:
+            if not self._encoded_statuses:
+                asyncio.get_running_loop().call_soon(self._encoded_statuses.clear)
+            status = self.status(remote=remote)
+            encoded = encode(status if grant is None or grant.whole else _shown_to(grant, status))
+            self._encoded_statuses[asked] = encoded
+        return encoded
 
     def status(self, *, remote: bool = False) -> StatusAnswer:
         """The broker's and every snapshotter's figures; the endpoints are those of the same pair of sockets."""
@@ -266,6 +280,7 @@ class Server:
                     tasks.start_soon(self._router.remote.run)
                     tasks.start_soon(self._publisher.remote.run)
                     tasks.start_soon(self._gate.watch, self._keys_changed)
+                tasks.start_soon(keep_watchdog)
                 await self._supervise()
                 tasks.cancel_scope.cancel()
         finally:
@@ -342,20 +357,6 @@ def refuse_taken(endpoint: str) -> None:
         except OSError:
             return
     raise FailedPrecondition(f"a broker already serves {path}: stop it, or give this one another endpoint")
-
-
-def notify(message: str) -> None:
-    """Tell systemd, when it listens (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as channel:
-        try:
-            channel.sendto(message.encode(), address)
-        except OSError as error:
-            log.warning("the service manager cannot be told", message=message, error=str(error))
 
 
 def version() -> str:

@@ -23,8 +23,8 @@ from zmq.backend import Socket as Binding
 
 log = structlog.get_logger()
 
-DRAIN_MAX: Final = 256
-"""Messages taken before the loop gets a turn: a flood on one socket does not starve the others."""
+DRAIN_MAX: Final = 64
+"""Messages taken before the loop gets a turn, about a millisecond: a flood on one socket does not starve the others."""
 
 _NOBLOCK: Final = int(zmq.NOBLOCK)
 _MORE_FOLLOW: Final = int(zmq.NOBLOCK) | int(zmq.SNDMORE)

@@ -8,7 +8,7 @@ from functools import partial
 from benchmarks.bench import Bench
 from benchmarks.figures import Figure
 from benchmarks.plan import BACKENDS, Plan
-from benchmarks.workloads import bridge, calls, clients, copies, daemon, scale
+from benchmarks.workloads import bridge, calls, clients, copies, daemon, flood, scale
 
 Workload = Callable[[Bench], Iterator[Figure]]
 
@@ -20,6 +20,8 @@ def workloads(plan: Plan) -> dict[str, Workload]:
         named[f"prepare.{backend}"] = partial(calls.prepare, backend=backend)
         named[f"cycle.{backend}"] = partial(calls.cycle, backend=backend)
         named[f"reads.{backend}"] = partial(calls.reads, backend=backend)
+    for operation, requests, count in flood.FLOODS:
+        named[f"flood.{operation}.{count}"] = partial(flood.flood, operation=operation, requests=requests, calls=count)
     named["walk"] = calls.walk
     named["bridge.verbs"] = bridge.verbs
     named["bridge.unpack"] = bridge.unpack

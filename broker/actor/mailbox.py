@@ -7,7 +7,11 @@ actor to router:  READY, body         once, when it serves
                   REPLY, client's identity, request id, MORE or DONE, body
                   EVENTS, newest sequence by topic (a MessagePack map), then topic, sequence (8 bytes), body of
                   each event
-                  REPORT, body        every second: its figures, and the sign that its loop turns
+                  ASIDE, client's identity, request id
+                                      what is left of a request goes on beside the actor's turns, and keeps nobody
+                                      from them: a copy, a stream
+                  REPORT, body, vital every second: its figures, and the sign that its loop turns; for each thread that
+                                      it cannot do without, how many milliseconds it stands still (a MessagePack map)
 
 Both ends live on one machine, so the monotonic clock is the same.
 """
@@ -15,7 +19,7 @@ Both ends live on one machine, so the monotonic clock is the same.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from broker.actor.link import Link
@@ -27,6 +31,7 @@ GRANT: Final = b"G"
 READY: Final = b"U"
 REPLY: Final = b"R"
 EVENTS: Final = b"E"
+ASIDE: Final = b"A"
 REPORT: Final = b"S"
 
 U64: Final = struct.Struct(">Q")
@@ -64,6 +69,10 @@ class Mailbox:
         """Send one part of a reply."""
         self._link.send((REPLY, client, request_id, status, body))
 
+    def aside(self, client: bytes, request_id: bytes) -> None:
+        """Say that a request goes on beside the turns."""
+        self._link.send((ASIDE, client, request_id))
+
     def events(self, events: Sequence[tuple[str, int, bytes]]) -> None:
         """Send the events of a turn."""
         frames = [EVENTS, b""]
@@ -78,6 +87,6 @@ class Mailbox:
         """Say that requests can come."""
         self._link.send((READY, body))
 
-    def report(self, body: bytes) -> None:
-        """Send the actor's figures."""
-        self._link.send((REPORT, body))
+    def report(self, body: bytes, vital: Mapping[str, int]) -> None:
+        """Send the actor's figures, and how long its vital threads stand still."""
+        self._link.send((REPORT, body, encode(vital)))

@@ -2,7 +2,7 @@
 
 An actor is a child process of this one. Its state goes
 
-    stopped -> starting -> ready -> (died, silent) -> unavailable -> starting ...
+    stopped -> starting -> ready -> (died, silent, stands still) -> unavailable -> starting ...
 
 and whoever cares is told of every change. What the actor does inside is not known here.
 """
@@ -10,13 +10,14 @@ and whoever cares is told of every change. What the actor does inside is not kno
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import anyio
 import psutil
@@ -32,6 +33,15 @@ log = structlog.get_logger()
 
 WATCH_S = 1.0
 """How often an actor's silence is looked at."""
+
+FIGURES_S: Final = 0.5
+"""How long what psutil says is believed: it takes a millisecond, and a flood of `status` would take all of them."""
+FIGURES_MAX: Final = 1000
+"""Processes whose figures are remembered."""
+STACKS_SIGNAL: Final = signal.SIGUSR1
+"""An actor answers it on standard error with the stacks of its threads."""
+STACKS_S: Final = 0.2
+"""How long it has for that."""
 
 decode_status = decoder(ActorStatus).decode
 
@@ -50,10 +60,12 @@ class Limits(Protocol):
     @property
     def silence_max_ms(self) -> int: ...  # noqa: D102
     @property
+    def progress_max_ms(self) -> int: ...  # noqa: D102
+    @property
     def stop_timeout_ms(self) -> int: ...  # noqa: D102
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, frozen=True)
 class Figures:
     """What psutil says of a process."""
 
@@ -62,8 +74,22 @@ class Figures:
     open_files: int = 0
 
 
+_known: dict[int, tuple[float, Figures]] = {}
+
+
 def figures(pid: int) -> Figures:
-    """The figures of a process; zeros when it is gone."""
+    """The figures of a process, not older than FIGURES_S; zeros when it is gone."""
+    moment = time.monotonic()
+    known = _known.get(pid)
+    if known is not None and moment - known[0] < FIGURES_S:
+        return known[1]
+    if len(_known) > FIGURES_MAX:
+        _known.clear()
+    _known[pid] = (moment, _figures(pid))
+    return _known[pid][1]
+
+
+def _figures(pid: int) -> Figures:
     try:
         process = psutil.Process(pid)
         with process.oneshot():
@@ -99,16 +125,22 @@ class Actor:
     process: Process | None = None
     link: Link | None = None
     heard: anyio.Event = field(default_factory=anyio.Event)
+    served: bool = False
+    """Whether a process of it was ever ready."""
+    standing: Mapping[str, int] = field(default_factory=dict)
+    """Milliseconds for which each of its vital threads has stood still, as of its last report."""
 
     def became_ready(self, body: bytes) -> None:
         """The process says that it serves."""
-        self.report(body)
+        self.report(body, {})
         self.state = "ready"
+        self.served = True
         self.on_ready(self)
 
-    def report(self, body: bytes) -> None:
-        """The process sent its figures."""
+    def report(self, body: bytes, standing: Mapping[str, int]) -> None:
+        """The process sent its figures, and which of its threads stand still."""
         self.last_heard = time.monotonic()
+        self.standing = standing
         self.status = decode_status(body)
         self.heard.set()
 
@@ -118,6 +150,15 @@ def kill(actor: Actor) -> None:
     if actor.process is not None and actor.process.returncode is None:
         with suppress(ProcessLookupError):
             actor.process.kill()
+
+
+def _kill_children(leader: int) -> None:
+    """End what an actor left behind: a child that was stopped before it bound itself to its parent has the lock.
+
+    An actor leads a process group of its own, which its children belong to.
+    """
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 class Supervisor:
@@ -154,6 +195,7 @@ class Supervisor:
         """One life of the process, from its start to its end."""
         actor.state = "starting"
         actor.heard = anyio.Event()
+        actor.standing = {}
         actor.last_heard = time.monotonic()
         try:
             ours, theirs = socket.socketpair()
@@ -180,6 +222,7 @@ class Supervisor:
         finally:
             if process.returncode is None:
                 process.kill()
+            _kill_children(process.pid)
             actor.state = "unavailable"
             actor.pid = 0
             actor.on_gone(actor)
@@ -187,8 +230,11 @@ class Supervisor:
 
     @staticmethod
     async def _start(actor: Actor, descriptor: int) -> Process:
-        command = [sys.executable, "-P", "-m", actor.module, str(os.getpid()), str(descriptor)]
-        return await anyio.open_process(command, stdin=-1, stdout=None, stderr=None, pass_fds=(descriptor,))
+        numbers = (os.getpid(), descriptor, int(actor.served))
+        command = [sys.executable, "-P", "-m", actor.module, *map(str, numbers)]
+        return await anyio.open_process(
+            command, stdin=-1, stdout=None, stderr=None, pass_fds=(descriptor,), start_new_session=True
+        )
 
     @staticmethod
     async def _feed(process: Process, setup: bytes) -> None:
@@ -205,7 +251,7 @@ class Supervisor:
             await actor.heard.wait()
         if starting.cancelled_caught:
             log.error("an actor did not get ready in time", actor=actor.name)
-            process.kill()
+            await self._give_up(actor, process)
             return
         silence_max = self._limits.silence_max_ms / 1000
         while True:
@@ -217,8 +263,32 @@ class Supervisor:
             silent = time.monotonic() - actor.last_heard
             if silent > silence_max:
                 log.error("an actor is silent and is killed", actor=actor.name, silent_s=round(silent, 1))
-                process.kill()
+                await self._give_up(actor, process)
                 return
+            thread, standing = max(actor.standing.items(), key=lambda item: item[1], default=("", 0))
+            if standing > self._limits.progress_max_ms:
+                log.error(
+                    "an actor stands still and is killed", actor=actor.name, thread=thread, seconds=standing // 1000
+                )
+                await self._give_up(actor, process)
+                return
+
+    @staticmethod
+    async def _give_up(actor: Actor, process: Process) -> None:
+        """Let the process write where its threads are, tell its callers, and kill it.
+
+        Whoever waits for it is told before its end: a thread that waits for a disk in the kernel keeps a killed
+        process for as long as that takes, and its successor waits for the end, since the root is its.
+        """
+        with suppress(ProcessLookupError):
+            process.send_signal(STACKS_SIGNAL)
+        await anyio.sleep(STACKS_S)
+        actor.state = "unavailable"
+        actor.on_gone(actor)
+        if actor.link is not None:
+            actor.link.close()
+        with suppress(ProcessLookupError):
+            process.kill()
 
     def _is_stopping(self) -> bool:
         return self._stop.is_set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import signal
 import socket
 import sys
@@ -35,19 +36,21 @@ def main() -> int:
     # The broker handles the terminal's signals and tells its actors.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # What the supervisor asks for before it kills an actor whose loop does not answer.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     logs.configure(setup.log_level, setup.log_format)
     structlog.contextvars.bind_contextvars(snapshotter=setup.name)
     failed = False
     try:
-        anyio.run(serve, setup, line)
+        anyio.run(serve, setup, line, sys.argv[3] != "0")
     except* (BrokerError, OSError) as group:
         log.error("the snapshotter cannot run", errors=[str(error) for error in group.exceptions])
         failed = True
     return int(failed)
 
 
-async def serve(setup: Setup, line: socket.socket) -> None:
-    """Connect the mailbox to the snapshotter."""
+async def serve(setup: Setup, line: socket.socket, again: bool) -> None:
+    """Connect the mailbox to the snapshotter; `again` when an earlier process has served."""
     actor: SnapshotterActor
 
     def receive(client: bytes, request_id: bytes, arrival: int, grant: bytes, body: bytes) -> None:
@@ -62,13 +65,18 @@ async def serve(setup: Setup, line: socket.socket) -> None:
     mailbox = Mailbox(link, receive, lambda: actor.stop(), regrant)
     # Before the first thread and the first child: both have what their starter has.
     actor = SnapshotterActor(
-        setup, mailbox.reply, mailbox.events, lambda backend: privileges.keep(kept_by(type(backend)))
+        setup,
+        mailbox.reply,
+        mailbox.events,
+        mailbox.aside,
+        lambda backend: privileges.keep(kept_by(type(backend))),
+        again=again,
     )
 
     async def report() -> None:
         while True:
             await anyio.sleep(REPORT_INTERVAL_S)
-            mailbox.report(actor.report())
+            mailbox.report(actor.report(), actor.vital)
 
     async with anyio.create_task_group() as tasks:
         mailbox.open()

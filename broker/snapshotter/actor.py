@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import threading
@@ -19,6 +20,7 @@ from backends import registry
 from backends.api import Backend, Copying, Pooled
 from broker import privileges
 from broker.lock import lock_directory
+from broker.snapshotter import ground
 from broker.snapshotter.audits import Audits, OnlineAccess
 from broker.snapshotter.crew import Crew
 from broker.snapshotter.hands import IDLE_S, Hand, Place
@@ -32,8 +34,10 @@ from broker.snapshotter.service import Send, Service
 from broker.snapshotter.space import Ballast, Space
 from broker.snapshotter.trash import Trash
 from broker.snapshotter.verbs import Verbs
+from broker.snapshotter.watch import Watch
 from broker.snapshotter.writer import Writer
 from broker.store import Environment, Inspection, Journal, Ledger, Outcomes, Snapshots
+from broker.store.environment import DATABASE
 from broker.store.ledger import check_not_lost, check_not_older, last_word
 from snapbroker.protocol import ActorStatus, encode
 
@@ -73,14 +77,21 @@ class SnapshotterActor:
         setup: Setup,
         send: Send,
         publish: Callable[[list[tuple[str, int, bytes]]], None],
+        aside: Callable[[bytes, bytes], None],
         opened: Callable[[Backend], None] = lambda _backend: None,
+        *,
+        again: bool,
     ) -> None:
+        """`again`: an earlier process of the same daemon has served."""
         self._setup = setup
         self._send = send
         self._publish = publish
+        self._aside = aside
         self._stop = anyio.Event()
         limits = setup.limits
         root = Path(setup.root)
+        if again:
+            ground.require(Path(setup.metadata) / DATABASE)
         self._lock = lock_directory(root, "root")
         places = (root, Path(setup.metadata))
         self._ballast = Ballast(places, limits.space.ballast_bytes)
@@ -91,6 +102,7 @@ class SnapshotterActor:
         opened(self.backend)
         self._environment = Environment(Path(setup.metadata), limits.store)
         check_not_older(root, self._environment)
+        self._ground = ground.Ground(root, self._environment.file)
         self._outcomes = Outcomes(self._environment, limits.outcomes)
         self._ledger = Ledger(root, self._environment, limits.ledger)
         snapshots = Snapshots(self._environment, writes=True, note=self._ledger.note)
@@ -143,7 +155,13 @@ class SnapshotterActor:
             self._recovery,
         )
         verbs.touched = self._touched
-        self._ledger_thread = threading.Thread(target=vital, args=(self._ledger.run,), name="ledger", daemon=True)
+        self._ledger_thread = threading.Thread(
+            target=vital, args=("ledger", self._ledger.run), name="ledger", daemon=True
+        )
+        self._tending = False
+        self._watch = Watch(limits.still_told_ms)
+        self.vital: dict[str, int] = {}
+        """Milliseconds for which each thread that the actor cannot do without stood still at the last report."""
         self.service: Service | None = None
 
     async def run(self, ready: Callable[[], None]) -> None:
@@ -170,13 +188,14 @@ class SnapshotterActor:
                     limits,
                     self._publish,
                     audits,
+                    self._aside,
                 )
                 self._deliver = thread_safe(service.deliver)
-                tasks.start_soon(anyio.to_thread.run_sync, vital, self._writer.run)
-                tasks.start_soon(anyio.to_thread.run_sync, vital, self._trash.run)
+                tasks.start_soon(anyio.to_thread.run_sync, vital, "writer", self._writer.run)
+                tasks.start_soon(anyio.to_thread.run_sync, vital, "trash", self._trash.run)
                 self._ledger_thread.start()
                 if self._pool is not None:
-                    tasks.start_soon(anyio.to_thread.run_sync, vital, self._pool.run)
+                    tasks.start_soon(anyio.to_thread.run_sync, vital, "pool", self._pool.run)
                 streams.start_soon(service.tell_progress)
                 self._recovery.begin()
                 ready()
@@ -202,6 +221,7 @@ class SnapshotterActor:
         self._ledger_thread.join()
         self.backend.close()
         self._environment.close()
+        self._ground.close()
         os.close(self._lock)
 
     def _touched(self, id_: int) -> None:
@@ -215,14 +235,23 @@ class SnapshotterActor:
 
     def report(self) -> bytes:
         """The figures for `status`, encoded; the rhythm of its calls is also that of small chores."""
+        if self._ground.lost():
+            os._exit(1)
         if self._crew is not None:
             self._crew.rest()
-        self._ballast.tend(self._setup.limits.space.reserve_bytes)
-        queues = {**self._writer.statistics(), "recovery": self._recovery.statistics()}
+        if not self._tending:
+            self._tending = True
+            try:
+                self._writer.submit_work(self._tend)
+            except RuntimeError:
+                # No thread is to be had at the end of a stop, or at the limit of the process: the next report tries.
+                self._tending = False
+        queues = {**self._writer.statistics(), "recovery": self._recovery.statistics(), "watch": self._look()}
         if self.service is not None:
             queues.update(self.service.statistics())
         if self._pool is not None:
-            queues["pool"] = self._pool.statistics()
+            # What waits for it is in the workers' hands, as far as their limit is concerned.
+            queues["pool"] = {**self._pool.statistics(), "waiting_limit": self._setup.limits.writer.working_max}
         with self._environment.read() as txn:
             queues["outcomes"] = self._outcomes.statistics(txn)
         queues["ledger"] = self._ledger.statistics()
@@ -244,13 +273,33 @@ class SnapshotterActor:
             )
         )
 
+    def _tend(self) -> None:
+        """Look after the ballast, in a worker: a disk that hangs must not keep the loop."""
+        with contextlib.suppress(OSError):
+            # One that fails is told by the calls that need it.
+            self._ballast.tend(self._setup.limits.space.reserve_bytes)
+        self._tending = False
 
-def vital(body: Callable[[], None]) -> None:
+    def _look(self) -> dict[str, int]:
+        """How long the threads, and what the backend is at work on, stand still."""
+        vital = {"writer": self._writer.mark(), "pool": self._pool.mark() if self._pool is not None else None}
+        standing = self._watch.look({**vital, "trash": self._trash.mark(), **self._writer.works()})
+        self.vital = {name: standing.pop(name) for name in vital}
+        return {
+            **{f"{name}_ms": milliseconds for name, milliseconds in self.vital.items()},
+            "trash_ms": standing.pop("trash"),
+            "work_ms": max(standing.values(), default=0),
+            "told_ms": self._setup.limits.still_told_ms,
+        }
+
+
+def vital(name: str, body: Callable[[], None]) -> None:
     """Run the body of a thread that the actor cannot live without; when it fails the process ends.
 
     Half an actor would leave its callers waiting for ever; a whole new one is there in half a second, and nothing
     acknowledged is lost.
     """
+    threading.current_thread().name = name
     try:
         body()
     except BaseException:

@@ -18,7 +18,7 @@ than the callers of the other verbs leave.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -27,6 +27,7 @@ import structlog
 
 from backends.api import Task, TooMany
 from backends.failpoints import reach
+from broker.actor.fairness import FairQueue
 from broker.snapshotter.hands import Hand, Place, failure_of
 from snapbroker.contract import Kind
 from snapbroker.errors import Cancelled
@@ -62,6 +63,8 @@ class Order:
     """Raises where it is not to be begun any more."""
     done: Callable[[Exception | None], None]
     """Told why it could not be made, or None once it is durable; must not raise."""
+    line: bytes = b""
+    """Whose it is: clients are served in turn."""
 
 
 class Crew:
@@ -75,8 +78,8 @@ class Crew:
         self._lock = threading.Lock()
         self._ordered = threading.Condition(self._lock)
         self._finished = threading.Condition(self._lock)
-        self._short: deque[Order] = deque()
-        self._long: deque[Order] = deque()
+        self._short: FairQueue[Order] = FairQueue(quantum=1)
+        self._long: FairQueue[Order] = FairQueue(quantum=1)
         self._building_short = 0
         self._building_long = 0
         self._built: list[Order] = []
@@ -97,7 +100,7 @@ class Crew:
             closed = self._closed
             if not closed:
                 small = self._small.get(_parent(order.snapshot), False)
-                (self._short if small else self._long).append(order)
+                (self._short if small else self._long).append(order.line, order)
                 self._ordered.notify()
         if closed:
             order.done(Cancelled("the actor is stopping"))
@@ -137,7 +140,7 @@ class Crew:
                     most = BATCH if hand.running else 1
                     share = max(1, min(most, len(self._short) // len(self._hands)))
                     self._building_short += share
-                    return [self._short.popleft() for _ in range(share)], False, alone
+                    return self._short.take(share), False, alone
                 self._ordered.wait()
         return None
 
@@ -245,9 +248,7 @@ class Crew:
         """Take back what waits and end the hands for good."""
         with self._lock:
             self._closed = True
-            waiting = [*self._short, *self._long]
-            self._short.clear()
-            self._long.clear()
+            waiting = [*self._short.clear(), *self._long.clear()]
             self._ordered.notify_all()
         for order in waiting:
             order.done(Cancelled("the actor is stopping"))

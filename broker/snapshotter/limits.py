@@ -24,5 +24,7 @@ class SnapshotterLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     service: ServiceLimits = ServiceLimits()
     hands: int = 0
     """Processes for snapshots whose making computes, such as native's copies; 0 is the backend's own choice."""
+    still_told_ms: int = 10_000
+    """A thread, a copy or the trash that did not move for so long is told in the log, with its stack."""
     layers_max: int = 500
     """Most layers of a chain: what the kernel's overlayfs mounts at most."""

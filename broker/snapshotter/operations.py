@@ -24,6 +24,10 @@ class Requester(Protocol):
         """Take the outcome of call number `index`."""
         ...
 
+    def set_aside(self) -> None:
+        """What is left goes on beside the turns."""
+        ...
+
 
 class Labour(enum.Enum):
     """What a backend does for a call beside the transaction (D8); STOCK is a wait for the pool's next batch."""
@@ -66,7 +70,8 @@ After = Callable[[], None]
 class Operation:
     """Calls that take effect together: one, or the whole of an atomic request.
 
-    `deadline` is monotonic, in nanoseconds. `first` is the number of the first call within its request.
+    `deadline` is monotonic, in nanoseconds. `first` is the number of the first call within its request. `line` is the
+    client's: operations of different ones are served in turn.
     """
 
     requester: Requester
@@ -75,6 +80,7 @@ class Operation:
     first: int = 0
     deadline: int = 0
     token: Token | None = None
+    line: bytes = b""
     task: Task | None = None
     made: dict[int, Made] = field(default_factory=dict)
     needs: list[Need] = field(default_factory=list)
@@ -95,3 +101,5 @@ class Delivery:
 
     results: list[tuple[Operation, list[Result]]]
     events: list[tuple[str, int, bytes]]
+    aside: list[Operation] = field(default_factory=list)
+    """What goes on beside the turns from here on."""

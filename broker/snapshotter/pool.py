@@ -7,6 +7,7 @@ and is collected at the next start like any left-over.
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import structlog
 
 from backends.api import Task
 from backends.failpoints import reach
+from broker.actor.fairness import FairQueue
 from broker.snapshotter.errors import error_of_system
 from snapbroker.errors import BrokerError, Unavailable
 
@@ -42,6 +44,10 @@ class PoolLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """After this long without a prepare the aim is halved, down to `pool_min`, and the stocking process ends."""
 
 
+KEPT: Final = 16
+"""Directories, a quarter of the aim at most, that a client whose calls wait already leaves for the others."""
+BROKEN: Final = (errno.EIO, errno.EROFS)
+"""What a disk answers that is not to be written on any more, whatever it still shows."""
 RETRY_S: Final = 1.0
 """Pause after directories could not be made, unless somebody asks for one."""
 
@@ -72,7 +78,7 @@ class Pool:
         self._lock = threading.Lock()
         self._ready: deque[int] = deque()
         self._making: tuple[int, ...] = ()
-        self._parked: deque[Waiter] = deque()
+        self._parked: FairQueue[Waiter] = FairQueue(quantum=1)
         self._ended = False
         self._aim = limits.pool_min
         self._wake = threading.Event()
@@ -81,11 +87,15 @@ class Pool:
         self._taken = 0
         self._dry = 0
         self._failures = 0
+        self._broken = False
+        """Whether the disk fails: what lies on it is of no use either, until something can be made again."""
+        self._rounds = 0
+        self._stocking = False
 
-    def take(self) -> int | None:
-        """A ready directory's id, or None when there is none at the moment, or others wait for one."""
+    def take(self, line: bytes) -> int | None:
+        """A ready directory's id, or None when there is none at the moment, or this client waits for some already."""
         with self._lock:
-            if not self._ready or self._parked:
+            if not self._ready or self._broken or self._parked.waiting(line):
                 return None
             id_ = self._ready.popleft()
         self._taken += 1
@@ -93,14 +103,14 @@ class Pool:
             self._wake.set()
         return id_
 
-    def park(self, waiter: Waiter) -> None:
-        """Call `waiter`, from the pool's thread, with the id of a directory that is still to be made, or an error."""
+    def park(self, line: bytes, waiter: Waiter) -> None:
+        """Call `waiter` with the id of a directory that is still to be made, or an error; from the pool's thread."""
         self._dry += 1
         self._aim = min(2 * self._aim, self._limits.pool_max)
         with self._lock:
             ended = self._ended
             if not ended:
-                self._parked.append(waiter)
+                self._parked.append(line, waiter)
         if ended:
             waiter(Unavailable("the snapshotter is stopping"))
         self._wake.set()
@@ -113,6 +123,8 @@ class Pool:
                 self._rest()
                 continue
             ids: list[int] = []
+            self._rounds += 1
+            self._stocking = True
             try:
                 ids = self._ids.take_many(min(missing, BATCH))
                 self._making = tuple(ids)
@@ -120,9 +132,11 @@ class Pool:
                 self._stocker.stock(ids, self._task)
                 reach("pool.stocked")
             except (OSError, BrokerError) as error:
+                self._stocking = False
                 self._put_aside(ids)
                 self._failed(error_of_system(error) if isinstance(error, OSError) else error)
             else:
+                self._stocking = False
                 self._shelve(ids)
         with self._lock:
             self._ended = True
@@ -136,11 +150,13 @@ class Pool:
             self._stocker.let_go()
 
     def _shelve(self, ids: list[int]) -> None:
-        """Who waits is served first."""
+        """Who waits is served first, except that some are left for clients that do not wait yet."""
         self._complaint = ""
+        self._broken = False
         with self._lock:
             self._ready.extend(ids)
-            served = [(self._parked.popleft(), self._ready.popleft()) for _ in range(min(len(self._parked), len(ids)))]
+            free = max(1, len(self._ready) - min(KEPT, self._aim // 4))
+            served = [(waiter, self._ready.popleft()) for waiter in self._parked.take(free)] if self._parked else []
             self._making = tuple(id_ for _, id_ in served)
         self._taken += len(served)
         for waiter, id_ in served:
@@ -155,18 +171,22 @@ class Pool:
     def _put_aside(self, ids: list[int]) -> None:
         """Discard what a process that was ended in the middle has made; ids are not used again."""
         reach("pool.failed")
+        errors: list[Exception] = []
         for id_ in ids:
             try:
                 self._discard(id_)
             except Exception as error:
-                # Without a record it is found as a left-over at the next start.
-                log.warning("left over after a failed stocking", id=id_, error=str(error))
+                errors.append(error)
+        if errors:
+            # Without a record it is found as a left-over at the next start.
+            log.warning("left over after a failed stocking", first=ids[0], entries=len(errors), error=str(errors[0]))
         self._making = ()
 
     def _failed(self, error: BrokerError) -> None:
         """Tell who waits, and try again a little later."""
+        self._broken = error.details.get("errno") in BROKEN
         with self._lock:
-            parked, self._parked = self._parked, deque()
+            parked = self._parked.clear()
         for waiter in parked:
             waiter(error)
         if self._stopped():
@@ -186,6 +206,10 @@ class Pool:
         self._task.cancel()
         self._wake.set()
 
+    def mark(self) -> int | None:
+        """For the watch: changes with every batch, None while none is being made."""
+        return self._rounds if self._stocking else None
+
     def statistics(self) -> dict[str, int]:
         """For `status`."""
         return {
@@ -193,6 +217,7 @@ class Pool:
             "aim": self._aim,
             "taken": self._taken,
             "waiting": len(self._parked),
+            "limit": self._limits.pool_max,
             "ran_dry": self._dry,
             "failures": self._failures,
         }

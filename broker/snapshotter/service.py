@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -77,6 +78,8 @@ log = structlog.get_logger()
 
 PART_BYTES_MAX: Final = 4 * 1024 * 1024
 """Outcomes gathered before a part is sent."""
+WAY_CALLS: Final = 64
+"""After so many calls, half a millisecond's, the writer has the interpreter if it needs it."""
 _WRITES: Final = frozenset((Prepare, View, Commit, Remove, Update))
 _MILLISECOND: Final = 1_000_000
 NOTHING: Final[Mapping[int, BrokerError]] = {}
@@ -89,7 +92,7 @@ class ServiceLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     audits_max: int = 2
     """Most audits, repairs and whys at work at a time: each reads all there is."""
     streams_max: int = 256
-    """Most walks, event streams and cleanups open at a time."""
+    """Most walks, event streams and cleanups open at a time, and one client has no more than are free."""
     follow_max_ms: int = 60_000
     """Longest a followed stream of events waits; then it ends without error, and the client asks again."""
     timeout_default_ms: int = 60_000
@@ -110,6 +113,7 @@ class Ticket:
 
     __slots__ = (
         "abandoned",
+        "aside",
         "bytes",
         "client",
         "closed",
@@ -136,6 +140,7 @@ class Ticket:
         self.grant: Grant | None = None
         self.request: Request | None = None
         self.ended: dict[int, BrokerError] = {}
+        self.aside = False
         self.operations: list[Operation] = []
         self.scopes: dict[int, anyio.CancelScope] = {}
 
@@ -184,6 +189,12 @@ class Ticket:
     def _send(self, status: bytes, outcomes: tuple[Outcome, ...]) -> None:
         self.service.send(self.client, self.request_id, status, encode(Reply(outcomes=outcomes)))
 
+    def set_aside(self) -> None:
+        """Tell the router, once, that what is left goes on beside the turns."""
+        if not self.aside and not self.closed:
+            self.aside = True
+            self.service.aside(self.client, self.request_id)
+
     def cancel(self, calls: tuple[int, ...] = ()) -> None:
         """Take back what is not done yet; with `calls`, of these numbers only."""
         for operation in self.operations:
@@ -221,10 +232,12 @@ class Service:
         limits: ServiceLimits,
         publish: Callable[[list[tuple[str, int, bytes]]], None],
         audits: Audits,
+        aside: Callable[[bytes, bytes], None],
     ) -> None:
         self._audits = audits
         self._snapshotter = snapshotter
         self.send = send
+        self.aside = aside
         self._reader = reader
         self._writer = writer
         self._trash = trash
@@ -234,6 +247,7 @@ class Service:
         self._publish = publish
         self._open: dict[tuple[bytes, bytes], Ticket] = {}
         self._streams = 0
+        self._streams_of: Counter[bytes] = Counter()
         self._loop = asyncio.get_running_loop()
         self._news = anyio.Event()
         self._idle = anyio.Event()
@@ -241,6 +255,7 @@ class Service:
         self._requests = 0
         self._calls = 0
         self._denials = Denials("a call was refused")
+        self._give_way_at = WAY_CALLS
 
     # In.
 
@@ -322,6 +337,9 @@ class Service:
         self, ticket: Ticket, request: Request, arrival: int, refused: Mapping[int, BrokerError] = NOTHING
     ) -> None:
         self._calls += len(request.calls)
+        if self._calls >= self._give_way_at:
+            self._writer.give_way()
+            self._give_way_at = self._calls + WAY_CALLS
         deadline = self._deadline(request, arrival)
         self._open[ticket.client, ticket.request_id] = ticket
         for index, error in refused.items():
@@ -357,7 +375,8 @@ class Service:
                 raise Unimplemented(
                     "walk, events, cleanup, cancel, audit, repair and why cannot be part of an atomic request"
                 )
-        operation = Operation(ticket, request.namespace, request.calls, 0, deadline, _token_of(request))
+        token = _token_of(request)
+        operation = Operation(ticket, request.namespace, request.calls, 0, deadline, token, ticket.client)
         ticket.operations = [operation]
         self._writer.submit(ticket.operations)
 
@@ -377,7 +396,7 @@ class Service:
             for index, call in calls:
                 kind = type(call)
                 if kind in _WRITES:
-                    operations.append(Operation(ticket, namespace, (call,), index, deadline, token))
+                    operations.append(Operation(ticket, namespace, (call,), index, deadline, token, ticket.client))
                     continue
                 try:
                     if kind is Stat:
@@ -404,7 +423,7 @@ class Service:
             results = [(index, snapshot, self._writer.glanced(snapshot)) for index, snapshot in active]
             self._soon(lambda: self._glanced(ticket, results))
 
-        self._writer.submit_work(work)
+        self._writer.submit_work(work, ticket.client)
 
     def _glanced(self, ticket: Ticket, results: list[tuple[int, Snapshot, Result | None]]) -> None:
         for index, snapshot, result in results:
@@ -455,12 +474,16 @@ class Service:
     def _begin_stream(self, ticket: Ticket, index: int, stream: Callable[..., Any], *arguments: Any) -> None:
         if self._tasks.cancel_scope.cancel_called:
             raise Unavailable("the snapshotter is stopping, repeat in a moment", {"retry_after_ms": 1000})
-        if self._streams >= self._limits.streams_max:
+        own = self._streams_of[ticket.client]
+        if own >= self._limits.streams_max - self._streams:
             raise ResourceExhausted(
-                f"{self._streams} streams are open, more than streams_max={self._limits.streams_max}",
-                {"retry_after_ms": 100},
+                f"{own} streams of this client are open, and {self._streams} of all: "
+                f"streams_max={self._limits.streams_max}, and one client has no more than is free",
+                {"retry_after_ms": 100, "position": own},
             )
         self._streams += 1
+        self._streams_of[ticket.client] += 1
+        ticket.set_aside()
         scope = anyio.CancelScope()
         ticket.scopes[index] = scope
         self._tasks.start_soon(self._run_stream, ticket, index, scope, stream, arguments)
@@ -481,6 +504,9 @@ class Service:
             result = error_of(error, "the call")
         finally:
             self._streams -= 1
+            self._streams_of[ticket.client] -= 1
+            if not self._streams_of[ticket.client]:
+                del self._streams_of[ticket.client]
         ticket.settle(index, result)
         ticket.flush()
 
@@ -536,7 +562,7 @@ class Service:
             outcome.append(self._writer.measured(snapshot, task))
             self._soon(done.set)
 
-        self._writer.submit_work(work)
+        self._writer.submit_work(work, ticket.client)
         try:
             await done.wait()
         finally:
@@ -604,6 +630,7 @@ class Service:
             if len(results) == len(operation.calls):
                 for number, result in enumerate(results, operation.first):
                     if self._sync_remove and type(operation.calls[number - operation.first]) is Remove:
+                        ticket.set_aside()
                         self._settle_deleted(ticket, number, result)
                     else:
                         ticket.settle(number, result)
@@ -614,6 +641,8 @@ class Service:
         for ticket in touched:
             if ticket.outcomes or not ticket.missing:
                 self._flush(ticket)
+        for operation in delivery.aside:
+            operation.requester.set_aside()
         if delivery.events:
             reach("service.answered")
             self._publish(delivery.events)

@@ -12,9 +12,11 @@ when there is room.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +24,7 @@ import msgspec
 import structlog
 
 from backends.failpoints import reach
-from snapbroker.errors import ResourceExhausted
+from snapbroker.errors import BrokerError, Internal, ResourceExhausted
 
 log = structlog.get_logger()
 
@@ -103,22 +105,25 @@ class Space:
         self._limits = limits
         self._clock = clock
         self._looked = -_LOOK_NS
-        self._lack: tuple[str, dict[str, int]] | None = None
+        self._lack: Callable[[], BrokerError] | None = None
         self._refused = 0
 
     def check(self) -> None:
-        """Raise ResourceExhausted where the reserve is reached."""
+        """Raise ResourceExhausted where the reserve is reached, Internal where nothing can be written at all."""
         moment = self._clock()
         if moment - self._looked >= _LOOK_NS:
             self._looked = moment
             self._lack = next((lack for place in self._places if (lack := self._look(place))), None)
         if self._lack is not None:
             self._refused += 1
-            raise ResourceExhausted(*self._lack)
+            raise self._lack()
 
-    def _look(self, place: Path) -> tuple[str, dict[str, int]] | None:
-        """What lacks at a place, and the details for the caller."""
+    def _look(self, place: Path) -> Callable[[], BrokerError] | None:
+        """The error that tells the caller what lacks at a place."""
         found = os.statvfs(place)
+        if found.f_flag & os.ST_RDONLY:
+            # A directory made ahead of time would be handed out all the same.
+            return partial(Internal, f"{os.strerror(errno.EROFS)} ({place})", {"errno": errno.EROFS})
         free, inodes = _free_bytes(found), found.f_favail
         if free < self._limits.reserve_bytes:
             what = f"{free} bytes are free at {place}, the reserve is {self._limits.reserve_bytes}"
@@ -127,14 +132,18 @@ class Space:
         else:
             return None
         details = {"retry_after_ms": RETRY_MS, "free_bytes": free, "free_inodes": inodes}
-        return f"{what}: remove snapshots, or make the filesystem larger", details
+        return partial(ResourceExhausted, f"{what}: remove snapshots, or make the filesystem larger", details)
 
     def statistics(self) -> dict[str, int]:
-        """For `status`: what is free at the fullest place, and how many calls were refused."""
-        looks = [os.statvfs(place) for place in self._places]
+        """For `status`: what is free at the fullest place, and how many calls were refused; of a failed disk 0."""
+        looks: list[os.statvfs_result] = []
+        with contextlib.suppress(OSError):
+            looks = [os.statvfs(place) for place in self._places]
         return {
-            "free": min(_free_bytes(look) for look in looks),
+            "free": min((_free_bytes(look) for look in looks), default=0),
             "inodes": min((look.f_favail for look in looks if look.f_files), default=0),
+            "reserve": self._limits.reserve_bytes,
+            "reserve_inodes": self._limits.reserve_inodes,
             "refused": self._refused,
         }
 

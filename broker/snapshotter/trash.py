@@ -205,6 +205,11 @@ class Trash:
         with self._condition:
             self._condition.notify_all()
 
+    def mark(self) -> tuple[int, int] | None:
+        """For the watch: how far the deletions are, None while nothing is to be deleted."""
+        with self._condition:
+            return (self._deleted, self._task.entries) if self._added > self._deleted else None
+
     def backlog(self) -> dict[str, int]:
         """Entries and bytes that wait (bytes: as far as known from commits), and entries that cannot be deleted."""
         with self._condition:
@@ -214,4 +219,5 @@ class Trash:
                 "deleted": self._deleted,
                 "failed": len(self._failed),
                 "files_deleted": self._task.entries,
+                "limit": QUEUE_MAX,
             }

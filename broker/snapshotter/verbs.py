@@ -188,7 +188,7 @@ class Verbs:
         made = scene.made
         if made is None:
             self._space.check()
-            taken = self._take(Snapshot(0, kind, chain, labels))
+            taken = self._take(Snapshot(0, kind, chain, labels), scene.operation.line)
             if isinstance(taken, tuple):
                 return Need(*taken, creates=index, pins=parent_id)
             scene.operation.made[scene.index] = made = taken
@@ -241,11 +241,11 @@ class Verbs:
             raise AlreadyExists(f"snapshot {name!r} is being created by another call")
         return index
 
-    def _take(self, wanted: Snapshot) -> Made | tuple[Labour, Snapshot]:
+    def _take(self, wanted: Snapshot, line: bytes) -> Made | tuple[Labour, Snapshot]:
         """A directory from the pool, or the labour of getting one."""
         if self._pooled is None or self._pool is None or not self._pooled.fits(wanted):
             return Labour.CREATE, replace(wanted, id=self._ids.take())
-        id_ = self._pool.take()
+        id_ = self._pool.take(line)
         return (Labour.STOCK, wanted) if id_ is None else Made(Labour.CREATE, replace(wanted, id=id_))
 
     # Commit.

@@ -11,13 +11,13 @@ fails or needs work.
 
 from __future__ import annotations
 
-import queue
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import lmdb
 import msgspec
@@ -27,9 +27,11 @@ from backends.api import Backend, Glance, Snapshot, Task, TooMany
 from backends.failpoints import reach
 from broker.snapshotter.crew import Order
 from broker.snapshotter.errors import error_of
+from broker.snapshotter.inbox import Inbox
 from broker.snapshotter.operations import Delivery, Labour, Made, Need, Operation, Result
 from broker.snapshotter.verbs import Scene, Verbs
-from broker.store.environment import StoreFull
+from broker.snapshotter.workers import Workers
+from broker.store.environment import StoreBroken, StoreFull
 from snapbroker.errors import (
     AlreadyExists,
     BrokerError,
@@ -63,13 +65,15 @@ class WriterLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Limits of the write path."""
 
     turn_max: int = 1024
-    """Most operations in one transaction: bounds the time to its flush."""
+    """Most calls in one transaction: bounds the time to its flush."""
+    turn_shared_max: int = 64
+    """The same while several clients write: bounds the time that one waits for the others."""
     waiting_max: int = 16_384
-    """Most operations that wait for a turn; beyond, calls get resource_exhausted."""
+    """Most operations that wait for a turn; beyond, calls of whoever has more than its part get resource_exhausted."""
     workers: int = 0
     """Threads for what backends do beside the transactions; 0 is the backend's own choice."""
     working_max: int = 4096
-    """Most operations in the workers' hands; beyond, calls get resource_exhausted."""
+    """Most operations in the workers' hands, and one client has no more than is free; beyond, resource_exhausted."""
 
 
 @dataclass(slots=True)
@@ -84,7 +88,8 @@ DECIDED: Final = frozenset(
     error.code for error in (NotFound, AlreadyExists, FailedPrecondition, InvalidArgument, Unimplemented)
 )
 """Errors that are an answer; the others say that there is none yet."""
-_STOP: Final = object()
+WAY_S: Final = 0.002
+"""Longest that `give_way` lasts: about a turn's work of a few dozen calls."""
 Deliver = Callable[[Delivery], None]
 Clock = Callable[[], int]
 
@@ -119,10 +124,14 @@ class Writer:
         self._limits = limits
         self._deliver = deliver
         self._clock = clock
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._executor = ThreadPoolExecutor(limits.workers or backend.workers, thread_name_prefix="worker")
-        self._working: set[Operation] = set()
+        self._inbox: Inbox[Errand] = Inbox(limits)
+        self._workers = Workers(limits.workers or backend.workers)
+        self._rests = threading.Event()
+        """Set while the thread does not need the interpreter: it waits for the disk, or for something to do."""
+        self._working: dict[Operation, None] = {}
+        self._working_of: Counter[bytes] = Counter()
         self._fresh_holds: list[tuple[Operation, Need]] = []
+        self._at_work = False
         self._turns = 0
         self._operations = 0
         self._largest = 0
@@ -135,23 +144,26 @@ class Writer:
     # In.
 
     def submit(self, operations: list[Operation]) -> None:
-        """Queue operations in their order; ResourceExhausted when too many wait, and then none is queued."""
-        waiting = self._inbox.qsize()
-        if waiting > self._limits.waiting_max:
-            raise ResourceExhausted(
-                f"{waiting} operations wait, more than waiting_max={self._limits.waiting_max}",
-                {"retry_after_ms": 10, "position": waiting},
-            )
-        for operation in operations:
-            self._inbox.put(operation)
+        """Queue a client's operations in their order; ResourceExhausted when too many wait, and then none is."""
+        self._rests.clear()
+        self._inbox.submit(operations[0].line, operations)
 
     def errand(self, errand: Errand) -> None:
         """Queue work of the actor itself."""
-        self._inbox.put(errand)
+        self._inbox.first(errand)
 
-    def submit_work(self, work: Callable[[], None]) -> None:
-        """Let a worker run `work`, which must not raise."""
-        self._executor.submit(work)
+    def give_way(self) -> None:
+        """Leave the interpreter to the thread while it computes, for a moment at most.
+
+        A thread that computes here takes it back at every look into the database, twenty times a call, each time
+        half a millisecond later: beside a loop that is never idle a prepare would take the better part of a second.
+        """
+        if not self._rests.is_set():
+            self._rests.wait(WAY_S)
+
+    def submit_work(self, work: Callable[[], None], line: bytes = b"") -> None:
+        """Let a worker run `work`, which must not raise; `line` is whose it is."""
+        self._workers.submit(line, work)
 
     def glanced(self, snapshot: Snapshot) -> Result | None:
         """The same of a snapshot of a few entries; None where there are more."""
@@ -171,7 +183,7 @@ class Writer:
 
     def stop(self) -> None:
         """Finish what is queued, then end `run`."""
-        self._inbox.put(_STOP)
+        self._inbox.stop()
 
     def abandon(self) -> None:
         """Ask everything in the workers' hands to stop."""
@@ -182,24 +194,15 @@ class Writer:
 
     def run(self) -> None:
         """Take turns until `stop`; what the workers hold by then is waited for."""
-        stopping = False
-        while not (stopping and not self._working and self._inbox.empty()):
-            batch: list[Operation | Errand] = []
-            item = self._inbox.get()
-            while True:
-                if item is _STOP:
-                    stopping = True
-                else:
-                    batch.append(item)
-                if len(batch) >= self._limits.turn_max:
-                    break
-                try:
-                    item = self._inbox.get_nowait()
-                except queue.Empty:
-                    break
+        while not (self._inbox.stopped and not self._working):
+            self._rests.set()
+            batch = self._inbox.take()
+            self._rests.clear()
             if batch:
+                self._at_work = True
                 self._turn(batch)
-        self._executor.shutdown()
+                self._at_work = False
+        self._workers.shutdown()
 
     def _turn(self, batch: list[Operation | Errand], *, frees: bool = False) -> None:
         self._turns += 1
@@ -219,6 +222,9 @@ class Writer:
             if rest and not frees:
                 self._turn(rest, frees=True)
             return
+        except StoreBroken:
+            # Whether the turn took effect is unknown here: the end of the actor tells its callers just that.
+            raise
         except BrokerError as error:
             self._fail(batch, error)
             return
@@ -226,6 +232,7 @@ class Writer:
             log.exception("a turn failed")
             self._fail(batch, Internal(f"the turn failed: {error!r}; nothing was changed"))
             return
+        self._rests.clear()
         self._journal.settle(draft.turn)
         self._snapshots.settle()
         self._fresh_holds.clear()
@@ -237,7 +244,7 @@ class Writer:
         for after in draft.after:
             self._after(after)
         reach("writer.cleared")
-        self._deliver(Delivery(draft.results, draft.turn.entries))
+        self._deliver(Delivery(draft.results, draft.turn.entries, [operation for operation, _ in draft.needs]))
         reach("writer.delivered")
         for errand in draft.errands:
             errand.done(None)
@@ -273,6 +280,7 @@ class Writer:
                 _keep(draft.outcomes, item.token, item.first, draft.results[-1][1])
         draft.turn.finish(txn, now)
         draft.outcomes.finish(txn, now)
+        self._rests.set()
         return draft
 
     def _repeats(self, txn: Transaction, operation: Operation, token: Token, draft: _Draft) -> bool:
@@ -379,33 +387,36 @@ class Writer:
     # Beside the transactions.
 
     def _dispatch(self, operation: Operation, needs: list[tuple[int, Need]]) -> None:
-        if len(self._working) >= self._limits.working_max and operation not in self._working:
+        own, free = self._working_of[operation.line], self._limits.working_max - len(self._working)
+        if operation not in self._working and own >= free:
             error = ResourceExhausted(
-                f"{len(self._working)} calls are in the backend's hands, more than "
-                f"working_max={self._limits.working_max}",
-                {"retry_after_ms": 50},
+                f"{own} calls of this client are in the backend's hands, and {len(self._working)} of all: "
+                f"working_max={self._limits.working_max}, and one client has no more than is free",
+                {"retry_after_ms": 50, "position": own},
             )
             self._deliver(Delivery([(operation, [error])], []))
             self._undo(operation)
             return
         if operation.task is None:
             operation.task = Task()
-        self._working.add(operation)
+        if operation not in self._working:
+            self._working[operation] = None
+            self._working_of[operation.line] += 1
         reach("writer.held")
         for index, need in needs:
             if need.labour is Labour.STOCK and self._pool is not None:
-                self._pool.park(lambda got, index=index, need=need: self._stocked(operation, index, need, got))  # type: ignore[misc]
+                self._pool.park(operation.line, partial(self._stocked, operation, index, need))
                 return
             if need.labour is Labour.CREATE and self._crew is not None:
                 check, done = partial(_check_begins, operation), partial(self._created, operation, index, need)
-                self._crew.submit(Order(need.snapshot, operation.task, check, done))
+                self._crew.submit(Order(need.snapshot, operation.task, check, done, operation.line))
                 return
         try:
-            self._executor.submit(self._labour, operation, needs)
+            self._workers.submit(operation.line, partial(self._labour, operation, needs))
         except RuntimeError as error:
             # No thread to be had (pids limit); what is queued goes to the workers there are, later calls may succeed.
             operation.failure = ResourceExhausted(f"no worker can be started: {error}", {"retry_after_ms": 100})
-            self._inbox.put(operation)
+            self._inbox.first(operation)
 
     def _stocked(self, operation: Operation, index: int, need: Need, got: int | BrokerError) -> None:
         """The pool made a directory for a call, or could not; queue the operation again."""
@@ -414,7 +425,7 @@ class Writer:
         else:
             operation.failure, operation.failed = got, index
         reach("writer.made")
-        self._inbox.put(operation)
+        self._inbox.first(operation)
 
     def _created(self, operation: Operation, index: int, need: Need, failure: Exception | None) -> None:
         """The crew made a snapshot for a call, or could not; queue the operation again."""
@@ -423,7 +434,7 @@ class Writer:
         else:
             operation.failure, operation.failed = error_of(failure, need.labour.value), index
         reach("writer.made")
-        self._inbox.put(operation)
+        self._inbox.first(operation)
 
     def _labour(self, operation: Operation, needs: list[tuple[int, Need]]) -> None:
         """Do what a call needs, in a worker's thread, and queue the operation again."""
@@ -436,7 +447,7 @@ class Writer:
             except Exception as error:
                 operation.failure, operation.failed = error_of(error, need.labour.value), index
         reach("writer.made")
-        self._inbox.put(operation)
+        self._inbox.first(operation)
 
     def _create(self, need: Need, task: Task) -> Made:
         self._backend.create(need.snapshot, task)
@@ -451,7 +462,11 @@ class Writer:
     def _let_go(self, operation: Operation) -> None:
         if operation.needs:
             self._verbs.holds.release(operation)
-        self._working.discard(operation)
+        if operation in self._working:
+            del self._working[operation]
+            self._working_of[operation.line] -= 1
+            if not self._working_of[operation.line]:
+                del self._working_of[operation.line]
 
     def _undo(self, operation: Operation) -> None:
         """Undo what the backend did for an operation that failed; its holds are released only after."""
@@ -473,17 +488,34 @@ class Writer:
         holds = self._verbs.holds
         return ids, set(holds.creates), set(holds.consumes), dict(holds.pins)
 
+    def mark(self) -> int | None:
+        """For the watch: changes with every turn, None between two."""
+        return self._turns if self._at_work else None
+
+    def works(self) -> dict[str, tuple[int, int]]:
+        """For the watch: how far each work of the backend is that has begun; one that waits for a hand has not."""
+        return {
+            f"{need.labour.value} of snapshot {need.snapshot.id}": (task.entries, task.bytes)
+            for operation in list(self._working)
+            if (task := operation.task) is not None and (task.entries or task.bytes)
+            for need in operation.needs
+        }
+
     def statistics(self) -> dict[str, dict[str, int]]:
         """For `status`."""
         return {
             "writer": {
-                "waiting": self._inbox.qsize(),
-                "limit": self._limits.waiting_max,
+                **self._inbox.statistics(),
                 "turns": self._turns,
                 "operations": self._operations,
                 "largest_turn": self._largest,
             },
-            "workers": {"working": len(self._working), "limit": self._limits.working_max},
+            "workers": {
+                "working": len(self._working),
+                "limit": self._limits.working_max,
+                "clients": len(self._working_of),
+                **self._workers.statistics(),
+            },
         }
 
 

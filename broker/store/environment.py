@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 FORMAT: Final = 2
 """Version of the records' layout; another one is refused at open."""
 
+DATABASE: Final = "data.mdb"
+"""LMDB's name for the file."""
+
 FULL_BYTES: Final = 1 << 20
 """With less room than this, a write that failed is taken to have failed for it."""
 RESERVE_STEP_BYTES: Final = 1 << 20
@@ -55,6 +58,10 @@ class StoreFull(ResourceExhausted):
     """The map is as large as it may be."""
 
 
+class StoreBroken(Internal):
+    """A commit failed half way: what is on disk is only known to whoever opens the database anew."""
+
+
 class StoreLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Limits of one metadata database."""
 
@@ -70,9 +77,10 @@ class Environment:
     def __init__(self, path: Path, limits: StoreLimits) -> None:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._path = path
+        self.file = path / DATABASE
         self._limits = limits
         self._gate = threading.Lock()
-        size = (path / "data.mdb").stat().st_size if (path / "data.mdb").exists() else 0
+        size = self.file.stat().st_size if self.file.exists() else 0
         try:
             self._env = lmdb.open(
                 os.fspath(path),
@@ -126,6 +134,8 @@ class Environment:
                 reach("environment.full")
                 self._grow(frees=frees)
                 reach("environment.grown")
+            except lmdb.PanicError as error:
+                raise StoreBroken(f"the metadata database has to be opened anew: {error}") from error
             except lmdb.DiskError as error:
                 raise ResourceExhausted(f"the metadata database's disk is full: {error}") from error
             except lmdb.Error as error:
@@ -170,6 +180,7 @@ class Environment:
             page = int(self._env.stat()["psize"])
         return {
             "map_bytes": int(info["map_size"]),
+            "limit": self._limits.map_max_bytes,
             "used_bytes": int(info["last_pgno"] + 1) * page,
             "readers": int(info["num_readers"]),
         }

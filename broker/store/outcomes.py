@@ -158,7 +158,8 @@ class Outcomes:
 
     def statistics(self, txn: Transaction) -> dict[str, int]:
         """For `status`."""
-        return {"kept": txn.stat(db=self._ages)["entries"], "bytes": self._size(txn)}
+        entries, size = txn.stat(db=self._ages)["entries"], self._size(txn)
+        return {"kept": entries, "bytes": size, "limit": self._retention.size_max_bytes}
 
 
 def _decoded(value: bytes | memoryview) -> Kept:

@@ -511,6 +511,34 @@ class TestFilesystemSync:
         syncfs.permits.release()
         sync.sync()
 
+    def test_from_a_failure_on_each_tree_is_asked_by_itself(self, monkeypatch):
+        failures = [OSError(errno.EIO, "lost")]
+        lost = {"mine": OSError(errno.EIO, "lost", "mine/file")}
+        asked = []
+
+        def syncfs(fd):
+            if failures:
+                raise failures.pop()
+
+        def fsync_files(tree):
+            asked.append(tree)
+            # The kernel tells it once.
+            if error := lost.pop(tree, None):
+                raise error
+
+        monkeypatch.setattr(files, "syncfs", syncfs)
+        monkeypatch.setattr(files, "fsync_files", fsync_files)
+        sync = FilesystemSync(0)
+        with pytest.raises(OSError, match="lost"):
+            sync.sync("others")
+        assert asked == []
+        sync.sync("others")
+        for _ in range(2):
+            with pytest.raises(OSError, match="lost") as caught:
+                sync.sync("mine")
+            assert caught.value.filename == "mine/file"
+        assert asked == ["others", "mine"]
+
     def test_the_real_one_flushes(self, tmp_path):
         with directory(tmp_path) as fd:
             sync = FilesystemSync(fd)

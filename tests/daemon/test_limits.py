@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -55,13 +56,17 @@ from snapbroker.protocol import (
     error_of,
 )
 from tests.daemon import support
-from tests.daemon.support import UNHURT_S, Bystander, paused, queue_of, wait_until
+from tests.daemon.support import UNHURT_S, Bystander, paused, pid_of, queue_of, wait_until
 from tests.harness import Daemon, Result, Wire
 
-OPEN_REQUESTS_MAX: Final = 8
+OWN_REQUESTS_MAX: Final = 8
+"""A lone client has half of what all may have."""
+OPEN_REQUESTS_MAX: Final = 2 * OWN_REQUESTS_MAX
 OPEN_BYTES_MAX: Final = 1_000_000
-STREAMS_MAX: Final = 4
-WORKING_MAX: Final = 3
+OWN_STREAMS_MAX: Final = 4
+STREAMS_MAX: Final = 2 * OWN_STREAMS_MAX
+OWN_WORKING_MAX: Final = 3
+WORKING_MAX: Final = 2 * OWN_WORKING_MAX
 WAITING_MAX: Final = 16
 SILENCE_MS: Final = 4000
 SEND_QUEUE_MAX: Final = 50
@@ -180,20 +185,26 @@ def replies(wire: Wire, sent: Mapping[bytes, Call]) -> dict[bytes, Result]:
 def test_a_full_mailbox_refuses_at_once_and_says_when_to_repeat(
     limited: Daemon, wire: Wire, bystander: Bystander
 ) -> None:
-    with paused(limited, "gated"):
-        sent = {wire.send(Stat(key="a")): Stat(key="a") for _ in range(OPEN_REQUESTS_MAX)}
-        limited.wait_for(lambda status: status.queues["mailbox.gated"]["open"] == OPEN_REQUESTS_MAX)
+    with paused(limited, "gated"), limited.wire("gated", wire.namespace) as other:
+        sent = {wire.send(Stat(key="a")): Stat(key="a") for _ in range(OWN_REQUESTS_MAX)}
+        limited.wait_for(lambda status: status.queues["mailbox.gated"]["open"] == OWN_REQUESTS_MAX)
         begun = time.monotonic()
-        with limited.wire("gated") as other, pytest.raises(ResourceExhausted) as caught:
-            other.one(Stat(key="a"))
+        for _ in range(2):
+            with pytest.raises(ResourceExhausted) as caught:
+                wire.one(Stat(key="a"))
+            assert caught.value.details["retry_after_ms"] >= 1
+            assert caught.value.details["position"] >= OWN_REQUESTS_MAX
         assert time.monotonic() - begun < UNHURT_S
-        assert caught.value.details["retry_after_ms"] >= 1
-        assert caught.value.details["position"] == OPEN_REQUESTS_MAX
-        mailbox = limited.status().queues["mailbox.gated"]
-        assert mailbox["open"] == mailbox["limit"] == OPEN_REQUESTS_MAX
-        assert mailbox["refused"] >= 1
+        # Whoever did not fill it has room in it.
+        late = other.send(Stat(key="a"))
+        mailbox = limited.wait_for(lambda status: status.queues["mailbox.gated"]["open"] > OWN_REQUESTS_MAX)
+        figures = mailbox.queues["mailbox.gated"]
+        assert figures["open"] == OWN_REQUESTS_MAX + 1 < figures["limit"]
+        assert figures["refused"] >= 2
         bystander.wait_for_rounds()
-    # What was accepted is answered, and there is room again.
+        # What was accepted is answered, and there is room again.
+        os.kill(pid_of(limited, "gated"), signal.SIGCONT)
+        assert [type(error) for error in end_of(other, late, Stat(key="a"))] == [NotFound]
     assert {type(result) for result in replies(wire, sent).values()} == {NotFound}
     with pytest.raises(NotFound):
         wire.one(Stat(key="a"))
@@ -214,15 +225,18 @@ def test_a_mailbox_is_limited_in_bytes_too(limited: Daemon, wire: Wire) -> None:
 
 def test_streams_have_a_limit(limited: Daemon, wire: Wire) -> None:
     follow = Events(since=0, follow=True)
-    open_ = [wire.send(follow) for _ in range(STREAMS_MAX)]
-    limited.wait_for(lambda status: queue_of(status, "gated", "service").get("streams") == STREAMS_MAX)
+    open_ = [wire.send(follow) for _ in range(OWN_STREAMS_MAX)]
+    limited.wait_for(lambda status: queue_of(status, "gated", "service").get("streams") == OWN_STREAMS_MAX)
+    for call in (Walk(), Cleanup(), follow):
+        refused = wire.send(call)
+        (error,) = replies(wire, {refused: call}).values()
+        assert isinstance(error, ResourceExhausted)
+        assert error.details["retry_after_ms"] >= 1
+        assert error.details["position"] == OWN_STREAMS_MAX
+    with pytest.raises(NotFound):
+        wire.one(Stat(key="reads-need-no-stream"))
     with limited.wire("gated") as other:
-        for call in (Walk(), Cleanup(), follow):
-            with pytest.raises(ResourceExhausted) as caught:
-                other.one(call)
-            assert caught.value.details["retry_after_ms"] >= 1
-        with pytest.raises(NotFound):
-            other.one(Stat(key="reads-need-no-stream"))
+        assert other.one(Walk()).infos == ()
     taken = wire.send(Cancel(request=open_[0]))
     assert {type(r) for r in replies(wire, {taken: follow, open_[0]: follow}).values()} == {Cancelled, Empty}
     with limited.wire("gated") as other:
@@ -233,17 +247,17 @@ def test_streams_have_a_limit(limited: Daemon, wire: Wire) -> None:
 
 
 def test_work_has_a_limit(limited: Daemon, wire: Wire, gate: Gate) -> None:
-    calls = [Prepare(key=f"k{n}", labels=gate.labels) for n in range(WORKING_MAX + 2)]
+    calls = [Prepare(key=f"k{n}", labels=gate.labels) for n in range(OWN_WORKING_MAX + 2)]
     sent = {wire.send(call): call for call in calls}
-    refused = replies(wire, dict(list(sent.items())[WORKING_MAX:]))
+    refused = replies(wire, dict(list(sent.items())[OWN_WORKING_MAX:]))
     assert {type(error) for error in refused.values()} == {ResourceExhausted}
     assert all(error.details["retry_after_ms"] >= 1 for error in refused.values() if isinstance(error, BrokerError))
-    limited.wait_for(lambda status: queue_of(status, "gated", "workers").get("working") == WORKING_MAX)
+    limited.wait_for(lambda status: queue_of(status, "gated", "workers").get("working") == OWN_WORKING_MAX)
     # What needs no work is not refused.
     with limited.wire("gated", wire.namespace) as other:
         other.one(Prepare(key="stocked"))
     gate.open()
-    done = replies(wire, dict(list(sent.items())[:WORKING_MAX]))
+    done = replies(wire, dict(list(sent.items())[:OWN_WORKING_MAX]))
     assert {type(result) for result in done.values()} == {Empty}
     assert wire.one(Prepare(key=calls[-1].key)) is not None
 
@@ -252,18 +266,20 @@ def test_what_waits_for_a_turn_has_a_limit(limited: Daemon) -> None:
     with limited.wire("slow", "waiting") as wire, limited.wire("slow", "waiting") as other:
         many = [Prepare(key=f"many-{n}") for n in range(500)]
         with paused(limited, "slow"):
-            # Both are there when it wakes: the second finds the first one's calls before it.
+            # All are there when it wakes: the second finds the first one's calls before it.
             number = wire.send(*many)
             limited.wait_for(lambda status: status.queues["mailbox.slow"]["open"] == 1)
-            second = other.send(Prepare(key="too-much"))
-            limited.wait_for(lambda status: status.queues["mailbox.slow"]["open"] == 2)
-        (refused,) = end_of(other, second, Prepare(key="too-much"))
+            second = wire.send(Prepare(key="too-much"))
+            third = other.send(Prepare(key="another-client"))
+            limited.wait_for(lambda status: status.queues["mailbox.slow"]["open"] == 3)
+        assert [type(result) for result in end_of(other, third, Prepare(key="another-client"))] == [MountsAnswer]
+        refused = replies(wire, {number: many[0], second: Prepare(key="too-much")})[second]
         assert isinstance(refused, ResourceExhausted)
         assert refused.details["retry_after_ms"] >= 1
         assert refused.details["position"] > WAITING_MAX
-        assert {type(result) for result in end_of(wire, number, *many)} == {MountsAnswer}
         with pytest.raises(NotFound):
             other.one(Stat(key="too-much"))
+        assert len(other.one(Walk()).infos) == 501
 
 
 # Deadlines.
@@ -295,12 +311,15 @@ def test_what_expired_before_its_turn_is_not_executed(limited: Daemon) -> None:
         with paused(limited, "turns"):
             number = wire.send(*many)
             limited.wait_for(lambda status: status.queues["mailbox.turns"]["open"] == 1)
-            # A turn has one operation here: there are a thousand flushes before this one's.
-            second = other.send(late, timeout_ms=50)
-        (error,) = end_of(other, second, late)
+            # A turn has one operation here: there are a thousand flushes before this one's, but for another client's.
+            second = wire.send(late, timeout_ms=50)
+            third = other.send(Prepare(key="another-client"), timeout_ms=10_000)
+        assert [type(result) for result in end_of(other, third, late)] == [MountsAnswer]
+        results = replies(wire, {number: many[0], second: late})
+        error = results[second]
         assert isinstance(error, DeadlineExceeded)
         assert "not executed" in error.message
-        assert {type(result) for result in end_of(wire, number, *many)} == {MountsAnswer}
+        assert isinstance(results[number], Empty)
         with pytest.raises(NotFound):
             other.one(Stat(key="late"))
 

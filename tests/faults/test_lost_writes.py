@@ -1,0 +1,65 @@
+"""Data that the disk did not take after it was written: told to whoever wrote it, whoever flushed first."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from backends.files import FilesystemSync
+
+pytestmark = pytest.mark.root
+LOST = (errno.EIO, errno.ENOSPC)
+"""What the kernel says of a page that its device did not take."""
+
+
+@contextlib.contextmanager
+def thin_filesystem(place: Path) -> Iterator[Path]:
+    """An ext4 of 400 MiB on a device that has 80: what is written beyond fails when it is written back."""
+    host, target = place / "host", place / "mnt"
+    host.mkdir()
+    target.mkdir()
+
+    def run(*command: str | Path) -> str:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    with contextlib.ExitStack() as undo:
+        run("mount", "-t", "tmpfs", "-o", "size=80m", "thin", host)
+        undo.callback(run, "umount", "--lazy", host)
+        run("truncate", "--size", "400M", host / "image")
+        device = run("losetup", "--find", "--show", host / "image")
+        undo.callback(run, "losetup", "--detach", device)
+        features = "lazy_itable_init=0,lazy_journal_init=0,nodiscard"
+        run("mkfs.ext4", "-q", "-m", "0", "-J", "size=8", "-E", features, device)
+        run("mount", device, target)
+        undo.callback(run, "umount", "--lazy", target)
+        yield target
+
+
+def test_whose_data_was_lost_is_told_though_another_flush_was_first(tmp_path: Path) -> None:
+    with thin_filesystem(tmp_path) as path:
+        for name in ("mine", "others"):
+            (path / name).mkdir()
+        os.sync()
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            sync = FilesystemSync(descriptor)
+            (path / "others" / "small").write_bytes(bytes(4096))
+            (path / "mine" / "large").write_bytes(os.urandom(100 << 20))
+            # The kernel tells whoever asks first.
+            with pytest.raises(OSError, match=r"error|space") as told:
+                sync.sync(str(path / "others"))
+            assert told.value.errno in LOST
+            # And whose data it was: with the file, and as often as it asks.
+            for _ in range(2):
+                with pytest.raises(OSError, match=r"error|space") as told:
+                    sync.sync(str(path / "mine"))
+                assert told.value.errno in LOST
+                assert told.value.filename == str(path / "mine" / "large")
+        finally:
+            os.close(descriptor)
