@@ -18,6 +18,7 @@ ACTOR = {
     "pool": (("ready", "limit"), ("waiting", "waiting_limit")),
     "service": (("streams", "streams_limit"),),
     "outcomes": (("bytes", "limit"),),
+    "ledger": (("waiting", "limit"),),
     "store": (("used_bytes", "limit"),),
     "space": (("free", "reserve"), ("inodes", "reserve_inodes")),
     "watch": (("writer_ms", "told_ms"), ("pool_ms", "told_ms"), ("trash_ms", "told_ms"), ("work_ms", "told_ms")),
