@@ -94,11 +94,11 @@ def _figures(pid: int) -> Figures:
         process = psutil.Process(pid)
         with process.oneshot():
             cpu = process.cpu_times()
-            found = Figures(process.memory_info().rss, cpu.user + cpu.system)
+            open_files = 0
             # A process with capabilities shows its descriptors to none without: it tells them itself.
             with suppress(psutil.AccessDenied):
-                found.open_files = process.num_fds()
-            return found
+                open_files = process.num_fds()
+            return Figures(process.memory_info().rss, cpu.user + cpu.system, open_files)
     except (psutil.Error, OSError):
         return Figures()
 

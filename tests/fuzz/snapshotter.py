@@ -51,7 +51,7 @@ class Snapshotter:
 
     async def _start(self, setup: Setup) -> None:
         ready = self._loop.create_future()
-        self._actor = SnapshotterActor(setup, self._send, self._publish)
+        self._actor = SnapshotterActor(setup, self._send, self._publish, lambda _client, _request: None, again=False)
         self._running = self._loop.create_task(self._actor.run(lambda: ready.set_result(None)))
         await asyncio.wait([ready, self._running], return_when=asyncio.FIRST_COMPLETED)
 
