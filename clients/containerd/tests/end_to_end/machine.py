@@ -26,7 +26,7 @@ PATIENT = "[calls]\nwait_ms = 30000\n"
 STOP_SECONDS = 10.0
 RECONNECT_SECONDS = 10.0
 VIEW_ATTEMPTS = 10
-OWN_FILES = ("data.mdb", "lock.mdb", "lock", "ballast")
+OWN_FILES = ("data.mdb", "lock.mdb", "lock", "ballast", "ledger")
 """What a snapshotter has on its disk besides the snapshots."""
 
 
