@@ -107,7 +107,10 @@ class DemoError(Exception):
 
 
 class Interrupts:
-    """The signals that end the demo: raised as `Interrupted`, but not in the middle of a step that must be whole."""
+    """The signals that end the demo: the first is raised as `Interrupted`, but not in a step that must be whole.
+
+    A second one would cut off what the first has set going: the putting away.
+    """
 
     def __init__(self) -> None:
         self._deferring = 0
@@ -116,6 +119,8 @@ class Interrupts:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        if self._received:
+            return
         self._received = number
         if not self._deferring:
             raise Interrupted(number)
@@ -512,8 +517,9 @@ class Run:
 
     def all(self) -> None:
         """From an empty store to an empty store."""
-        subscriber = Subscriber(self.broker)
-        try:
+        with contextlib.ExitStack() as stack:
+            with self.interrupts.deferred():
+                subscriber = stack.enter_context(contextlib.closing(Subscriber(self.broker)))
             self.make_base()
             self.clone()
             self.build()
@@ -522,8 +528,6 @@ class Run:
             self.look()
             self.remove()
             self.replay(subscriber)
-        finally:
-            subscriber.close()
 
     def make_base(self) -> None:
         """The tree, copied into a mounted active snapshot, becomes the committed `base`."""

@@ -196,6 +196,21 @@ def test_interrupted_it_cleans_up(place: Path, words: str, number: signal.Signal
     assert list(place.iterdir()) == []
 
 
+def test_a_second_signal_does_not_cut_off_the_putting_away() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        interrupts = demo.Interrupts()
+        with pytest.raises(demo.Interrupted):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(demo.Interrupted) as caught, interrupts.deferred():
+            signal.raise_signal(signal.SIGHUP)
+        assert caught.value.status == 128 + signal.SIGTERM
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @pytest.mark.root
 def test_killed_it_leaves_a_directory_and_nothing_else(place: Path) -> None:
     process = start(place)
