@@ -1,8 +1,10 @@
 """Which mounts of this machine use a directory of ours: binds of it, and overlays that have it as a layer.
 
 A container has a mount namespace of its own, so the table of every namespace is read, once, by way of one process
-in it. A bind's source is not in the table, only the place within its filesystem that it shows: our root is looked for
-in the same words. Of an overlay the table has the paths that it was mounted with.
+in it. Which namespace a process is in may be hidden from who has few capabilities; its table is not, and a mount has
+an id that is nobody else's in any namespace, so the table's first one tells. A bind's source is not in the table,
+only the place within its filesystem that it shows: our root is looked for in the same words. Of an overlay the table
+has the paths that it was mounted with.
 """
 
 from __future__ import annotations
@@ -40,28 +42,29 @@ class _Line(NamedTuple):
 
 
 def uses(root: str, inspector: Inspector) -> list[Use]:
-    """Every mount that uses something of ours, each once a namespace."""
+    """Every mount that uses something of ours, each once."""
     place = _in_filesystem(root)
     found: dict[tuple[str, int], Use] = {}
-    for pid, namespace in _namespaces():
+    for pid in _processes():
         for line in _table(pid):
             for path in _paths(line, root, place):
                 owner = inspector.owner(path)
-                if owner is not None and (f"{namespace} {line.id}", owner) not in found:
+                if owner is not None and (line.id, owner) not in found:
                     use = MountUse(point=line.point, type=line.type, pid=int(pid), process=_name(pid))
-                    found[f"{namespace} {line.id}", owner] = Use(owner, path, use)
+                    found[line.id, owner] = Use(owner, path, use)
     return list(found.values())
 
 
-def _namespaces() -> Iterator[tuple[str, str]]:
-    """A process of each mount namespace, our own first; those that are not ours to look at are left out."""
-    seen: set[str] = set()
+def _processes() -> Iterator[str]:
+    """A process of each mount namespace, ours first; those that are hidden from us are left out."""
+    seen: set[bytes] = set()
     for pid in (str(os.getpid()), *sorted(filter(str.isdecimal, os.listdir("/proc")), key=int)):
         with contextlib.suppress(OSError):
-            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
-            if namespace not in seen:
-                seen.add(namespace)
-                yield pid, namespace
+            with open(f"/proc/{pid}/mountinfo", "rb") as table:
+                first = table.readline().partition(b" ")[0]
+            if first and first not in seen:
+                seen.add(first)
+                yield pid
 
 
 def _table(pid: str) -> list[_Line]:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,6 +122,28 @@ def test_why_names_what_keeps_a_snapshot_and_what_became_of_it(served: Daemon) -
         assert [event.verb for event in broker.why("child-0").events] == ["prepare"], "the other one was another"
         for key in ("child-0", "child-1", "child-2", "base"):
             broker.remove(key)
+
+
+@pytest.mark.parametrize("name", DISK)
+def test_why_names_a_mount_in_another_namespace(served: Daemon, name: str, tmp_path: Path) -> None:
+    """As a container has it, also to an actor that may not ask which namespace a process is in."""
+    command = [str(Path(sys.executable).with_name("snapbroker")), "-e", served.endpoint, "-s", name, "mount"]
+    script = '"$@" >&2 && echo mounted && read -r end'
+    with served.client(name) as broker:
+        broker.prepare("elsewhere")
+        container = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", script, "sh", *command, "elsewhere", str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        with container:
+            assert container.stdout is not None
+            assert container.stdout.readline() == b"mounted\n"
+            (use,) = broker.why("elsewhere").mounts
+            assert (use.point, use.pid) == (str(tmp_path), container.pid)
+            container.communicate(b"end\n")
+        assert broker.why("elsewhere").mounts == ()
+        broker.remove("elsewhere")
 
 
 @contextlib.contextmanager
