@@ -115,10 +115,13 @@ class Port:
                 raise
             self.undeliverable += 1
             return False
-        self.sent += 1
-        if not self._draining:
-            self._drain_soon()
-        return True
+        else:
+            self.sent += 1
+            return True
+        finally:
+            # One that fails may have swallowed the edge as well.
+            if not self._draining:
+                self._drain_soon()
 
     @property
     def closed(self) -> bool:
