@@ -25,6 +25,7 @@ from broker.store.journal import Entry
 from broker.store.ledger import Change
 from broker.store.records import Record, decode_record, index_key
 from snapbroker.contract import EVENT_VERBS, Kind, topic
+from snapbroker.errors import Internal
 from snapbroker.protocol import encode
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def plan(inspector: Inspector, ledger: Iterable[Change], backup: Environment | N
     made = Plan()
     known: dict[bytes, bytes] = dict(_rows(backup, made)) if backup is not None else {}
     told: dict[bytes, bytes | None] = dict(ledger)
-    committed = {decode_record(value).id for value in told.values() if value is not None}
+    committed = {_id_of(value) for value in told.values() if value is not None} - {0}
     for key, value in list(known.items()):
         # It is another by now, or under another name.
         if key in told or _id_of(value) in committed:
@@ -99,13 +100,22 @@ def _id_of(value: bytes) -> int:
         return 0
 
 
+def _read(key: bytes, value: bytes) -> Record:
+    """The record, where it is one of this key; ValueError, struct.error or Internal where not."""
+    record = decode_record(value)
+    name = record.decoded().name
+    if index_key(key.partition(b"\0")[0].decode(), name) != key:
+        raise ValueError(f"it is that of {name!r}")
+    return record
+
+
 def _choose(made: Plan, inspector: Inspector, known: dict[bytes, bytes]) -> None:
     """Take the records whose files and parents are there, parents first."""
     records: list[tuple[bytes, Record]] = []
     for key, value in known.items():
         try:
-            records.append((key, decode_record(value)))
-        except (ValueError, struct.error) as error:
+            records.append((key, _read(key, value)))
+        except (ValueError, struct.error, Internal) as error:
             made.left.append(Left(_called(key), f"its record cannot be read: {error}"))
     chains: dict[int, tuple[int, ...]] = {}
     ids: set[int] = set()

@@ -282,7 +282,10 @@ def _framed(changes: list[Change]) -> bytes:
 
 
 def changes(root: Path) -> Iterator[Change]:
-    """What a ledger has, in its order; nothing where there is none. OSError where it cannot be read."""
+    """What a ledger has, in its order, up to what is no frame; nothing where there is none.
+
+    OSError where it cannot be read.
+    """
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context((root / NAME).open("rb"))
@@ -298,7 +301,12 @@ def changes(root: Path) -> Iterator[Change]:
             body = file.read(length) if length <= FRAME_BYTES_MAX else b""
             if len(body) < length or zlib.crc32(body) != checksum:
                 return
-            parts: Any = _decode(body)
+            try:
+                parts: Any = _decode(body)
+            except msgspec.MsgspecError:
+                return
+            if len(parts) % 2 or None in parts[::2]:
+                return
             yield from zip(parts[::2], parts[1::2], strict=True)
 
 

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
+from backends.inspecting import NothingInspector
+from broker.audit import rebuild
 from broker.main import main as snapbrokerd
 from broker.store.ledger import NAME, changes
-from broker.store.records import decode_record
-from snapbroker.contract import Info
+from broker.store.records import Record, decode_record, encode_info, index_key
+from snapbroker.contract import Info, Kind
 from snapbroker.errors import OutOfRange
 from tests.audit.harm import Store
 from tests.daemon import support
@@ -222,3 +224,22 @@ def test_a_damaged_record_is_put_back_from_the_ledger(daemon: Daemon, backend: s
     daemon.start()
     assert committed_of(daemon, backend) == committed
     audit_clean(daemon)
+
+
+def test_what_cannot_be_read_is_left_and_the_rest_is_taken() -> None:
+    def value(name: str, id_: int, info: bytes = b"") -> bytes:
+        info = info or encode_info(Info(name, Kind.COMMITTED))
+        return Record(Kind.COMMITTED, 0, 0, id_, 0, 1, 1, id_, info).encode()
+
+    good = index_key("n", "good"), value("good", 1)
+    bad = [
+        (index_key("n", "torn"), value("torn", 2)[:-1]),
+        (index_key("n", "short"), b"short"),
+        (index_key("n", "none"), value("none", 3, b"\xc1")),
+        (index_key("n", "other"), value("another", 4)),
+        (b"\xff\0spoilt", value("spoilt", 5)),
+    ]
+    plan = rebuild.plan(NothingInspector(), [good, *bad], None, stocked=False)
+    assert list(plan.records) == [good[0]]
+    assert len(plan.left) == len(bad)
+    assert all("cannot be read" in left.why for left in plan.left)

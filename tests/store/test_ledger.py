@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -110,6 +111,10 @@ def test_a_torn_end_is_the_end(kept: Kept) -> None:
     whole = (kept.root / NAME).read_bytes()
     for end in (whole[:-1], whole + b"\0\0\0\x09", whole[:-12] + os.urandom(64)):
         (kept.root / NAME).write_bytes(end)
+        assert kept.told() == {index_key("n", "base"): value}
+    for body in (b"", b"\x01", b"\x91\xc4\x01a", b"\x92\xc0\xc0", b"\x92\x01\x02", b"\xc1"):
+        frame = len(body).to_bytes(4) + zlib.crc32(body).to_bytes(4) + body
+        (kept.root / NAME).write_bytes(whole[:-12] + frame)
         assert kept.told() == {index_key("n", "base"): value}
     (kept.root / NAME).write_bytes(b"another file")
     assert kept.told() == {}
