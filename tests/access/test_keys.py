@@ -177,6 +177,9 @@ def spoil(what: str) -> Callable[[Path], object]:
         "twice": lambda path: path.write_text(path.read_text() * 2),
         "no-secret": lambda path: path.write_text(path.read_text().replace("secret_key", "secret")),
         "short": lambda path: path.write_text(path.read_text().replace('secret_key = "', 'secret_key = "x')),
+        "no-bits": lambda path: path.write_text(
+            path.read_text().replace(keyfiles.read_secret(path).secret, "#" * keyfiles.KEY_CHARACTERS)
+        ),
         "mixed": lambda path: path.write_text(
             path.read_text().replace(keyfiles.read_secret(path).public, keyfiles.generate()[0])
         ),
@@ -199,6 +202,7 @@ def spoil(what: str) -> Callable[[Path], object]:
         ("twice", "no key file"),
         ("no-secret", "no secret_key"),
         ("short", "secret_key is no key"),
+        ("no-bits", "secret_key is no key"),
         ("mixed", "not that of secret_key"),
         ("no-server", "SNAPBROKER_SERVER_KEY"),
         ("long", "longer than"),
@@ -252,6 +256,8 @@ def test_where_the_server_key_comes_from(directory: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv(SERVER_KEY_VARIABLE, str(tmp_path / "not-there"))
     with pytest.raises(InvalidArgument, match="not-there"):
         server()
+    with pytest.raises(InvalidArgument, match="is no key"):
+        server("#" * keyfiles.KEY_CHARACTERS)
     monkeypatch.setenv(CLIENT_KEY_VARIABLE, "")
     assert Curve.load() is None
 

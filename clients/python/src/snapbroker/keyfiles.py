@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import zmq
+from zmq.utils import z85
 
 from snapbroker.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 
@@ -65,7 +67,17 @@ class Curve:
 
 
 def is_key(text: str) -> bool:
-    """Whether this is a key in Z85."""
+    """Whether this is a key in Z85: five characters each stand for 32 bits, which not all five do."""
+    if not _has_form(text):
+        return False
+    try:
+        z85.decode(text.encode())
+    except struct.error:
+        return False
+    return True
+
+
+def _has_form(text: str) -> bool:
     return len(text) == KEY_CHARACTERS and set(text) <= _Z85
 
 
@@ -77,7 +89,8 @@ def check_key(text: str, what: str) -> None:
 
 def server_key_of(told: str) -> str:
     """The broker's public key: itself, or that in the file named."""
-    if is_key(told):
+    if _has_form(told):
+        check_key(told, "server key")
         return told
     path = Path(told).expanduser()
     fields = _fields(_read(path, secret=False), path)
