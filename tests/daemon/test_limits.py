@@ -19,6 +19,7 @@ from typing import Any, Final
 import pytest
 import zmq
 
+from broker.config import RouterLimits
 from snapbroker.contract import LABEL_BYTES_MAX
 from snapbroker.errors import (
     AlreadyExists,
@@ -101,6 +102,8 @@ def limited(gates: Path, plugins: dict[str, str]) -> Iterator[Daemon]:
             "open_requests_max": OPEN_REQUESTS_MAX,
             "open_bytes_max": OPEN_BYTES_MAX,
             "send_queue_max": SEND_QUEUE_MAX,
+            # Who else has called a moment ago must not decide which limit is reached first.
+            "window_shared_bytes": RouterLimits().window_bytes,
         },
         publisher={"send_queue_max": SEND_QUEUE_MAX},
         supervisor={"silence_max_ms": SILENCE_MS},
