@@ -21,7 +21,7 @@ SENDS_MAX: Final = 1_000_000
 
 def edge(socket: zmq.Socket[bytes], seconds: float) -> bool:
     """Whether the socket's descriptor tells something."""
-    return bool(select.select([socket.getsockopt(zmq.FD)], [], [], seconds)[0])
+    return bool(select.select([int(socket.getsockopt(zmq.FD))], [], [], seconds)[0])
 
 
 async def received_after(path: Path, send: Callable[[Port, bytes], object]) -> list[bytes]:
