@@ -60,7 +60,10 @@ class Access(Protocol):
         ...
 
     def transact(self, work: Work[T]) -> T:
-        """Run `work` in a write transaction of its own, behind all that was decided before; its events are told."""
+        """Run `work` in a write transaction, behind all that was decided before; its events are told.
+
+        It may share the transaction with calls, and is run again where that was dropped: only its result counts.
+        """
         ...
 
     def flight(self) -> Flight:

@@ -2,8 +2,9 @@
 
 A finding is made in two looks. The first is quick and may be wrong, for the store changes while it is read: a page
 of records in a read transaction, a listing of the directory, a table of mounts. What looks wrong is looked at once
-more in a write transaction of its own, behind everything that was decided before and the disk steps that belong to it,
-without what is in the hands of a call or of the pool; only what is wrong then is told.
+more in a write transaction, behind everything that was decided before, without what is in the hands of a call or of the
+pool; only what is wrong then is told. Calls may be decided in the same transaction before it: their records are there,
+their disk steps and the last writes of the turn come after it.
 
 Whether any record has an id cannot be looked up. So ids that seem to have none are first freed of what is under way,
 then held against all records in a second scan, during which commits, that move a record from one key to another,
@@ -554,19 +555,19 @@ class Auditor:
                 yield []
                 if len(events) < EVENTS:
                     break
-            found = self._access.transact(lambda txn, _turn, _now: self._settled(txn, check))
+            found = self._access.transact(lambda txn, turn, _now: self._settled(txn, turn, check.copy()))
             if found is not None:
                 yield found
                 return
 
-    def _settled(self, txn: Transaction, check: JournalCheck) -> Step | None:
+    def _settled(self, txn: Transaction, turn: Turn, check: JournalCheck) -> Step | None:
         """The journal's findings; None where more has come than one transaction should read."""
         events = self._inspection.events(txn, check.upto, EVENTS)
         if len(events) == EVENTS:
             return None
         for event in events:
             check.feed(txn, *event)
-        return check.settle(txn)
+        return check.settle(txn, turn)
 
 
 def _position(after: str) -> tuple[int, int]:

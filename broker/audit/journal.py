@@ -3,11 +3,15 @@
 Read from its beginning, each event either tells what the record of its name says now, or another event on the name
 must follow. Names whose last event disagrees are the findings. Only the names that are between two states at the
 event that was read last are in memory.
+
+The last look shares its transaction with calls that were decided before it: their events are there, and what the turn
+writes at its end is not.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import copy
+from typing import TYPE_CHECKING, Final, Self
 
 import msgspec
 
@@ -94,10 +98,20 @@ class JournalCheck:
         self._forgotten = False
         self.found: list[Found] = []
 
+    def copy(self) -> Self:
+        """Another that goes on from here: a transaction may be dropped after its events were fed."""
+        other = copy.copy(self)
+        # What they shared is the other's.
+        self._topics, self._pending = dict(self._topics), dict(self._pending)
+        self._lost, self.found = list(self._lost), list(self.found)
+        return other
+
     def feed(self, txn: Transaction, sequence: int, body: bytes) -> None:
         """Take the next event."""
         if not self.upto:
             self._oldest = sequence
+        elif sequence != self.upto + 1 and self._inspection.events(txn, 0, 1)[0][0] == sequence:
+            self._begin_anew(sequence)
         elif sequence != self.upto + 1:
             first, last = self.upto + 1, sequence - 1
             self._lost.append((first, last))
@@ -112,6 +126,15 @@ class JournalCheck:
             return
         self._follow(event)
         self._compare(txn, event)
+
+    def _begin_anew(self, oldest: int) -> None:
+        """All that was read is no longer kept, nor are events after it that nobody has read."""
+        self._oldest = oldest
+        self._topics.clear()
+        self._pending.clear()
+        self._lost.clear()
+        self._forgotten = False
+        self.found.clear()
 
     def _follow(self, event: Heard) -> None:
         name = event.topic
@@ -152,14 +175,15 @@ class JournalCheck:
         except ValueError:
             return b""
 
-    def settle(self, txn: Transaction) -> list[Found]:
-        """What does not fit at the end; the newest event must have been fed in this transaction."""
+    def settle(self, txn: Transaction, turn: Turn) -> list[Found]:
+        """What does not fit at the end; the newest event must have been fed in this transaction, that of the turn."""
         found = list(self.found)
         for name, sequence in self._topics.items():
-            noted = self._inspection.newest_on(txn, name)
+            noted = self._noted(txn, turn, name)
             if noted != sequence:
                 message = f"the newest event on {name} is {sequence}, the index says {noted}"
-                found.append(Found(finding("journal-topic", message, sequence=sequence), _set_topic(name, sequence)))
+                told = finding("journal-topic", message, sequence=sequence)
+                found.append(Found(told, self._set_topic(name, noted, sequence)))
         for key, event in self._pending.items():
             said = self._says(txn, key)
             if said == b"":
@@ -175,6 +199,10 @@ class JournalCheck:
             message = f"more than {PENDING_MAX} names are between two states: not all of them were compared"
             found.append(Found(finding("unchecked", message)))
         return found
+
+    def _noted(self, txn: Transaction, turn: Turn, name: str) -> int:
+        """The newest sequence on a topic by the index, as the turn will leave it."""
+        return turn.topics.get(name) or self._inspection.newest_on(txn, name)
 
     def _note(self, kind: str, message: str, sequence: int, cut: int) -> None:
         self.found.append(Found(finding(kind, message, sequence=sequence), self._cut(cut)))
@@ -200,12 +228,13 @@ class JournalCheck:
 
         return lambda access: access.transact(work)
 
-
-def _set_topic(name: str, sequence: int) -> Mend:
-    def work(_txn: Transaction, turn: Turn, _now: int) -> bool:
-        # By way of the turn, whose journal remembers the topics' newest sequences.
-        if turn.topics.get(name, 0) < sequence:
+    def _set_topic(self, name: str, noted: int, sequence: int) -> Mend:
+        def work(txn: Transaction, turn: Turn, _now: int) -> bool:
+            # An event that has come meanwhile has noted itself.
+            if self._noted(txn, turn, name) != noted:
+                return False
+            # By way of the turn, whose journal remembers the topics' newest sequences.
             turn.topics[name] = sequence
-        return True
+            return True
 
-    return lambda access: access.transact(work)
+        return lambda access: access.transact(work)

@@ -1,7 +1,7 @@
 """Audits, repairs and whys of a snapshotter that serves: step by step in its workers, beside everything else.
 
-What an audit wants to know for certain it asks in an errand of the writer: there no transaction is half way, and what
-was committed before has its disk steps behind it.
+What an audit wants to know for certain it asks in an errand of the writer: there no call is half decided, and what
+was committed before has its disk steps behind it. Calls of the same turn may have been decided already.
 """
 
 from __future__ import annotations

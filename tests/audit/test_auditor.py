@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from backends.files import Shelf
 from backends.native import Native, NativeOptions
 from broker.audit import journal
 from broker.audit.access import Flight, OfflineAccess
-from broker.audit.auditor import Auditor
+from broker.audit.auditor import EVENTS, Auditor
 from broker.audit.kinds import KINDS
 from broker.audit.why import why
-from broker.store import Environment, Record, Snapshots, StoreLimits, index_key
+from broker.store import Environment, Inspection, Record, Snapshots, StoreLimits, index_key
+from broker.store.journal import Turn
 from broker.store.records import encode_info
 from snapbroker.contract import Info, Kind
 from snapbroker.errors import Cancelled, InvalidArgument
@@ -48,19 +50,40 @@ class World:
 
     def make(self, id_: int, name: str, parent: str = "", kind: Kind = Kind.COMMITTED, **fields: Any) -> Record:
         """A snapshot with its event and its directory."""
+        return self.access.transact(
+            lambda txn, turn, now: self.make_in(txn, turn, now, id_, name, parent, kind, **fields)
+        )
+
+    def make_in(
+        self,
+        txn: Any,
+        turn: Turn,
+        now: int,
+        id_: int,
+        name: str,
+        parent: str = "",
+        kind: Kind = Kind.COMMITTED,
+        **fields: Any,
+    ) -> Record:
+        """The same within a transaction."""
         if not self.shelf.path(id_).exists():
             self.shelf.path(id_).mkdir()
+        above = self.snapshots.get(txn, index_key("default", parent)) if parent else None
+        info = encode_info(Info(name, kind, parent, {}, now, now))
+        depth, parent_id = (above.depth + 1, above.id) if above else (0, 0)
+        record = Record(kind, 0, depth, id_, parent_id, 0, 0, turn.next, info)._replace(**fields)
+        self.snapshots.insert(txn, index_key("default", name), record)
+        turn.append(txn, now, "default", "commit" if kind is Kind.COMMITTED else "prepare", f"{name}-key", info)
+        return record
 
-        def work(txn: Any, turn: Any, now: int) -> Record:
-            above = self.snapshots.get(txn, index_key("default", parent)) if parent else None
-            info = encode_info(Info(name, kind, parent, {}, now, now))
-            depth, parent_id = (above.depth + 1, above.id) if above else (0, 0)
-            record = Record(kind, 0, depth, id_, parent_id, 0, 0, turn.next, info)._replace(**fields)
-            self.snapshots.insert(txn, index_key("default", name), record)
-            turn.append(txn, now, "default", "commit" if kind is Kind.COMMITTED else "prepare", f"{name}-key", info)
-            return record
+    def tell(self, count: int) -> None:
+        """Events, each of which says that there is no such snapshot, as it is."""
 
-        return self.access.transact(work)
+        def work(txn: Any, turn: Turn, now: int) -> None:
+            for _ in range(count):
+                turn.append(txn, now, "default", "remove", "nobody")
+
+        self.access.transact(work)
 
     def audit(self, *, execute: bool = False, after: str = "") -> list[Finding]:
         auditor = Auditor(self.access, Task(), execute=execute)
@@ -200,6 +223,84 @@ def test_a_mend_that_fails_says_why_and_the_rest_goes_on(world: World, monkeypat
     assert found["mode"].mended
     assert not found["leftover"].mended
     assert "Read-only file system" in found["leftover"].failure
+
+
+@pytest.mark.parametrize("kind", [Kind.COMMITTED, Kind.ACTIVE])
+def test_a_transaction_that_calls_have_part_in(world: World, monkeypatch: pytest.MonkeyPatch, kind: Kind) -> None:
+    """What they have decided is there, on a topic with events and on one without, its index being written last."""
+    world.make(1, "base")
+    # Its record comes with the transaction in which it is looked at again.
+    world.shelf.path(2).mkdir()
+    transact, ids = world.access.transact, itertools.count(2)
+
+    def shared(work: Callable[[Any, Turn, int], Any]) -> Any:
+        def run(txn: Any, turn: Turn, now: int) -> Any:
+            id_ = next(ids)
+            world.make_in(txn, turn, now, id_, f"name-{id_}", "base", kind)
+            return work(txn, turn, now)
+
+        return transact(run)
+
+    monkeypatch.setattr(world.access, "transact", shared)
+    assert world.audit() == []
+    assert next(ids) > 3
+
+
+def test_a_transaction_that_is_run_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What calls had decided in a transaction that was dropped has not happened."""
+    world.make(1, "base")
+    transact = world.access.transact
+
+    def again(work: Callable[[Any, Turn, int], Any]) -> Any:
+        def dropped(txn: Any, turn: Turn, now: int) -> Any:
+            for _ in range(3):
+                turn.append(txn, now, "default", "remove", "nobody")
+            work(txn, turn, now)
+            raise KeyError("the map is full")
+
+        with pytest.raises(KeyError):
+            transact(dropped)
+        return transact(work)
+
+    monkeypatch.setattr(world.access, "transact", again)
+    assert world.audit() == []
+
+
+def test_events_that_are_dropped_for_their_age_while_they_are_read(world: World) -> None:
+    world.make(1, "base")
+    world.tell(2 * EVENTS + 2)
+    world.make(2, "job", "base", Kind.ACTIVE)
+    told = Auditor(world.access, Task()).told("journal/0")
+    assert next(told) is None
+    # More than was read, the last of it in the middle of a page.
+    world.access.transact(lambda txn, _turn, _now: Inspection(world.environment).cut(txn, EVENTS + 7))
+    assert [item for item in told if item is not None] == []
+
+
+def test_events_that_are_lost_while_they_are_read(world: World) -> None:
+    world.tell(2 * EVENTS + 2)
+    told = Auditor(world.access, Task()).told("journal/0")
+    assert next(told) is None
+    world.access.transact(lambda txn, _turn, _now: txn.delete((EVENTS + 7).to_bytes(8), db=world.environment.journal))
+    (found,) = [item[1] for item in told if item is not None]
+    assert (found.kind, found.sequence) == ("journal-gap", EVENTS + 7)
+
+
+def test_a_topic_is_not_set_back_by_who_would_mend_it(world: World) -> None:
+    """An event has come since it was found wrong, and has noted itself."""
+    name = "native/default/snapshot/remove"
+    world.tell(3)
+    world.access.transact(lambda txn, _turn, _now: txn.put(name.encode(), (1).to_bytes(8), db=world.environment.topics))
+    check = journal.JournalCheck(Inspection(world.environment), "native")
+    with world.environment.read() as txn:
+        for event in Inspection(world.environment).events(txn, 0, 10):
+            check.feed(txn, *event)
+    (found,) = world.access.transact(lambda txn, turn, _now: check.settle(txn, turn))
+    assert (found.finding.kind, found.finding.sequence) == ("journal-topic", 3)
+    world.tell(1)
+    assert found.mend is not None
+    assert not found.mend(world.access)
+    assert world.audit() == []
 
 
 def test_why_tells_of_calls_under_way(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
