@@ -49,6 +49,7 @@ LEFT_OVER: Final = (
 TRASH: Final = "an entry of the trash, or half of one, which is deleted later"
 HALVES: Final = "both halves of a btrfs commit, of which recovery drops the one that does not count"
 START: Final = "a start half done, which the next one does again"
+LEDGER: Final = "a ledger that was not closed, which the next start writes anew"
 
 
 class Point(NamedTuple):
@@ -136,6 +137,13 @@ POINTS: Final = (
     Point("btrfs_sweeper.destroyed", "a subvolume is deleted", "the directory it was in", TRASH, _BTRFS, _BOTH),
     Point("btrfs_ioctl.destroyed", "a subvolume inside another is deleted", "the next", TRASH, _BTRFS, _BOTH),
     Point("trash.deleted", "entries are deleted", "who waits for it is told", TRASH),
+    # The ledger.
+    Point("ledger.appended", "changes are written behind the others", "their flush", LEDGER),
+    Point("ledger.flushed", "changes are durable", "the next ones", LEDGER),
+    Point("ledger.opened", "the file of another ledger is made", "its pages", LEDGER),
+    Point("ledger.copied", "a page of records is written into it", "the next", LEDGER),
+    Point("ledger.written", "it is durable", "it takes the place of the one before", LEDGER),
+    Point("ledger.renamed", "it has the place of the one before", "the directory's flush", LEDGER),
     # A start, and recovery.
     Point("files.rooted", "the root is made", "the directories in it", START),
     Point("files.laid", "the directories in the root are made", "their flush", START),

@@ -27,6 +27,7 @@ import lmdb
 import msgspec
 import structlog
 
+from backends.failpoints import reach
 from broker.store.inspection import Inspection
 from broker.store.records import is_committed
 from snapbroker.errors import FailedPrecondition
@@ -155,7 +156,9 @@ class Ledger:
         begin = self._size
         try:
             self._write(_framed(changes))
+            reach("ledger.appended")
             os.fdatasync(self._fd)
+            reach("ledger.flushed")
         except OSError:
             self._size = begin
             with contextlib.suppress(OSError):
@@ -193,6 +196,7 @@ class Ledger:
         self._dropped = False
         self._fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         self._size = 0
+        reach("ledger.opened")
         self._write(HEADER)
         after = b""
         while True:
@@ -204,11 +208,14 @@ class Ledger:
             changes: list[Change] = [row for row in rows if is_committed(row[1])]
             if changes:
                 self._write(_framed(changes))
+                reach("ledger.copied")
             with self._condition:
                 if self._condition.wait_for(lambda: self._stopped, _GENTLE_S):
                     return False
         os.fsync(self._fd)
+        reach("ledger.written")
         fresh.rename(self._path)
+        reach("ledger.renamed")
         directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(directory)

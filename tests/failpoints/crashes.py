@@ -6,6 +6,7 @@ A round: clients work, the point is armed, a process dies there; the supervisor 
   first answer and changes nothing, a call that had not happened happens now, once; files are as they were written;
 - the journal has no gap and an event for each change, no other; replayed it gives what a walk shows;
 - no record is without its files, nothing on disk is without a record, the trash is empty;
+- the ledger tells of the committed snapshots, as they are, and of no others;
 - the clients go on, and remove all they have.
 """
 
@@ -23,6 +24,9 @@ from typing import Any, Final, Self
 
 from backends.failpoints import ACTOR, HAND, NAMES, STRUCK, VARIABLE
 from broker.snapshotter.ids import BLOCK
+from broker.store.ledger import changes
+from broker.store.records import decode_record, index_key
+from snapbroker.contract import Kind
 from snapbroker.protocol import Cleanup, Prepare, StatusAnswer, Update
 from tests.daemon import support
 from tests.daemon.support import queue_of, wait_until
@@ -51,6 +55,7 @@ LIMITS: Final[dict[str, Any]] = {
     "journal": {"events_max": EVENTS_MAX},
     "outcomes": {"size_max_bytes": OUTCOMES_BYTES},
     "pool": {"pool_min": 6},
+    "ledger": {"flush_ms": 50, "slack_bytes": 1024},
 }
 """Small ones: what grows, is dropped and is stocked again does so within a round."""
 BALLAST: Final = "metadata/ballast"
@@ -284,6 +289,7 @@ class Crashes(Settling):
             check_directories(self.daemon, self.backend)
         else:
             self._check_directories()
+        wait_until(self._is_in_ledger, "the ledger has what is committed, and no more")
         with self.daemon.wire(self.backend) as wire:
             events = events_of(wire, self.sequences[self.backend])
             pictures = {caller.books.oracle.namespace: ({}, self.sequences[self.backend]) for caller in callers}
@@ -311,6 +317,12 @@ class Crashes(Settling):
         for (_, name), record in records.items():
             assert not record.broken, f"{name} is broken"
             check_form(self.root / "snapshots" / str(record.id), record, self.daemon.snapshotters[self.backend])
+
+    def _is_in_ledger(self) -> bool:
+        records = support.records_of(self.daemon, self.backend)
+        committed = {index_key(*place): record for place, record in records.items() if record.kind is Kind.COMMITTED}
+        told = dict(changes(self.root))
+        return committed == {key: decode_record(value) for key, value in told.items() if value is not None}
 
     def finish(self) -> None:
         """After the last round: what the last life has made is accounted for too, and the daemon stops as promised."""
