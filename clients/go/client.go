@@ -170,6 +170,11 @@ func (c *Client) Usage(ctx context.Context, key string, given ...UsageOption) (U
 	return do(ctx, c, one, (*reader).usage, o.report)
 }
 
+// Why answers what keeps a snapshot, or what became of it, also where there is none of this name.
+func (c *Client) Why(ctx context.Context, key string) (WhyAnswer, error) {
+	return do(ctx, c, &call{verb: verbWhy, key: key}, (*reader).why, nil)
+}
+
 // Cleanup waits until everything removed so far is deleted from disk.
 func (c *Client) Cleanup(ctx context.Context, given ...CleanupOption) error {
 	var o callOptions

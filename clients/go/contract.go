@@ -93,6 +93,17 @@ type Event struct {
 // Topic is the topic that the event is published on.
 func (e *Event) Topic() string { return Topic(e.Snapshotter, e.Namespace, e.Verb) }
 
+// isOn says whether topic is the event's, without making one.
+func (e *Event) isOn(topic []byte) bool {
+	for _, part := range [...]string{e.Snapshotter, "/", e.Namespace, "/snapshot/", e.Verb} {
+		if len(topic) < len(part) || string(topic[:len(part)]) != part {
+			return false
+		}
+		topic = topic[len(part):]
+	}
+	return len(topic) == 0
+}
+
 // Topic is <snapshotter>/<namespace>/snapshot/<verb>, or the beginning of it where verb is "".
 func Topic(snapshotter, namespace, verb string) string {
 	return snapshotter + "/" + namespace + "/snapshot/" + verb
@@ -137,6 +148,56 @@ type WalkPage struct {
 	// walk up to date (2/SNBE section 6).
 	Sequence int64
 	next     string
+}
+
+// A Finding is something that is not as it must be, or that somebody should know of (1/SNBR section 5.15). What it is
+// about is in those of Namespace, Key, ID, Path and Sequence that are known.
+type Finding struct {
+	Kind      string // one of those that the specification lists, or one that it does not know yet
+	Severity  string // note, warning or error
+	Message   string
+	Advice    string
+	Namespace string
+	Key       string
+	ID        int64
+	Path      string
+	Sequence  int64
+	Time      int64 // since when, in nanoseconds since 1970-01-01T00:00:00Z; 0: unknown
+	Inodes    int64 // what it takes, as Size
+	Size      int64 // bytes
+	Repair    string
+	Mended    bool   // by the repair that tells it
+	Failure   string // why it could not be mended
+}
+
+// AuditPage is one page of an audit or a repair, with its findings in the order in which they were made.
+type AuditPage struct {
+	Findings []Finding
+	Looked   int64 // how many things were looked at, as far as known
+	next     string
+}
+
+// MountUse is a mount that uses a snapshot's files.
+type MountUse struct {
+	Point   string
+	Type    string
+	PID     int64  // of a process in whose mount namespace it is
+	Process string // its name
+}
+
+// WhyAnswer is what keeps a snapshot, and the last that the journal says of its name (1/SNBR section 5.16).
+type WhyAnswer struct {
+	Info          *Info // nil where there is no such snapshot
+	ID            int64
+	Fence         int64
+	Broken        bool     // its files are missing
+	Children      []string // the first of those that lie on it
+	ChildrenCount int64    // all of them
+	Holds         []string // calls under way that need it
+	Mounts        []MountUse
+	References    []string // the containerd.io/snapshot.ref under which it is found
+	Events        []Event  // the last on the name, the newest first
+	Oldest        int64    // the oldest sequence that the journal keeps
 }
 
 type eventsPage struct {

@@ -397,6 +397,145 @@ func (r *reader) walkPage() WalkPage {
 	return page
 }
 
+func (r *reader) boolean() bool {
+	value, rest, err := msgp.ReadBoolBytes(r.rest)
+	r.take(rest, err)
+	return value
+}
+
+func (r *reader) finding() Finding {
+	var finding Finding
+	var got uint
+	for n := r.mapping(); n > 0 && r.err == nil; n-- {
+		switch string(r.field()) {
+		case "kind":
+			finding.Kind = r.text()
+			got |= 1
+		case "severity":
+			finding.Severity = r.text()
+			got |= 2
+		case "message":
+			finding.Message = r.text()
+			got |= 4
+		case "advice":
+			finding.Advice = r.text()
+			got |= 8
+		case "namespace":
+			finding.Namespace = r.text()
+		case "key":
+			finding.Key = r.text()
+		case "id":
+			finding.ID = r.integer()
+		case "path":
+			finding.Path = r.text()
+		case "sequence":
+			finding.Sequence = r.integer()
+		case "time":
+			finding.Time = r.integer()
+		case "inodes":
+			finding.Inodes = r.integer()
+		case "size":
+			finding.Size = r.integer()
+		case "repair":
+			finding.Repair = r.text()
+		case "mended":
+			finding.Mended = r.boolean()
+		case "failure":
+			finding.Failure = r.text()
+		default:
+			r.skip(0)
+		}
+	}
+	r.required(got, 15, "a finding")
+	return finding
+}
+
+func (r *reader) auditPage() AuditPage {
+	var page AuditPage
+	for n := r.mapping(); n > 0 && r.err == nil; n-- {
+		switch string(r.field()) {
+		case "findings":
+			left := r.array()
+			page.Findings = make([]Finding, 0, min(left, PageMax))
+			for ; left > 0 && r.err == nil; left-- {
+				page.Findings = append(page.Findings, r.finding())
+			}
+		case "next":
+			page.next = r.text()
+		case "looked":
+			page.Looked = r.integer()
+		default:
+			r.skip(0)
+		}
+	}
+	return page
+}
+
+func (r *reader) mountUse() MountUse {
+	var use MountUse
+	var got uint
+	for n := r.mapping(); n > 0 && r.err == nil; n-- {
+		switch string(r.field()) {
+		case "point":
+			use.Point = r.text()
+			got |= 1
+		case "type":
+			use.Type = r.text()
+			got |= 2
+		case "pid":
+			use.PID = r.integer()
+		case "process":
+			use.Process = r.text()
+		default:
+			r.skip(0)
+		}
+	}
+	r.required(got, 3, "a mount that uses a snapshot")
+	return use
+}
+
+func (r *reader) why() WhyAnswer {
+	var why WhyAnswer
+	for n := r.mapping(); n > 0 && r.err == nil; n-- {
+		switch string(r.field()) {
+		case "info":
+			if why.Info = nil; !r.absent() {
+				info := r.info()
+				why.Info = &info
+			}
+		case "id":
+			why.ID = r.integer()
+		case "fence":
+			why.Fence = r.integer()
+		case "broken":
+			why.Broken = r.boolean()
+		case "children":
+			why.Children = r.texts()
+		case "children_count":
+			why.ChildrenCount = r.integer()
+		case "holds":
+			why.Holds = r.texts()
+		case "mounts":
+			why.Mounts = nil
+			for left := r.array(); left > 0 && r.err == nil; left-- {
+				why.Mounts = append(why.Mounts, r.mountUse())
+			}
+		case "references":
+			why.References = r.texts()
+		case "events":
+			why.Events = nil
+			for left := r.array(); left > 0 && r.err == nil; left-- {
+				why.Events = append(why.Events, r.event())
+			}
+		case "oldest":
+			why.Oldest = r.integer()
+		default:
+			r.skip(0)
+		}
+	}
+	return why
+}
+
 func (r *reader) eventsPage() eventsPage {
 	var page eventsPage
 	for n := r.mapping(); n > 0 && r.err == nil; n-- {

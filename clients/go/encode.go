@@ -35,13 +35,16 @@ const (
 	verbWalk
 	verbCleanup
 	verbEvents
+	verbAudit
+	verbRepair
+	verbWhy
 	verbCancel
 	verbStatus
 )
 
 var verbNames = [...]string{
-	"prepare", "view", "commit", "remove", "mounts", "stat", "update", "usage", "walk", "cleanup", "events", "cancel",
-	"status",
+	"prepare", "view", "commit", "remove", "mounts", "stat", "update", "usage", "walk", "cleanup", "events", "audit",
+	"repair", "why", "cancel", "status",
 }
 
 func (v verb) String() string { return verbNames[v] }
@@ -176,6 +179,7 @@ type call struct {
 	page       int64
 	credit     int64
 	follow     bool
+	execute    bool
 	request    []byte
 	calls      []int
 }
@@ -198,7 +202,7 @@ func (c *call) append(body []byte) []byte {
 	case verbRemove, verbMounts:
 		m.text("key", c.key)
 		m.integerUnless("fence", c.fence, 0)
-	case verbStat, verbUsage:
+	case verbStat, verbUsage, verbWhy:
 		m.text("key", c.key)
 	case verbUpdate:
 		m.text("name", c.name)
@@ -215,6 +219,11 @@ func (c *call) append(body []byte) []byte {
 		m.integerUnless("page", c.page, pageDefault)
 		m.integerUnless("credit", c.credit, creditDefault)
 		m.trueIf("follow", c.follow)
+	case verbAudit, verbRepair:
+		m.trueIf("execute", c.execute)
+		m.textIf("after", c.after)
+		m.integerUnless("page", c.page, pageDefault)
+		m.integerUnless("credit", c.credit, creditDefault)
 	case verbCancel:
 		m.key("request")
 		m.body = msgp.AppendBytes(m.body, c.request)

@@ -123,8 +123,8 @@ func TestCurve(t *testing.T) {
 // A real broker's remote sockets: calls, events that heal over its restart, and a key that may only read.
 func TestCurveOfBroker(t *testing.T) {
 	t.Parallel()
-	if exec.Command(executable(t), "keys", "--help").Run() != nil {
-		t.Skip("this snapbrokerd knows no keys: it came before 3/SNBA")
+	if told, err := exec.Command(executable(t), "keys", "--help").CombinedOutput(); err != nil {
+		t.Fatalf("snapbrokerd keys: %v: %s", err, told)
 	}
 	keys := t.TempDir()
 	check(t, os.Chmod(keys, 0o700))

@@ -105,21 +105,27 @@ type (
 	CleanupOption interface{ applyCleanup(*callOptions) }
 	// A WalkOption is WithPage.
 	WalkOption interface{ applyWalk(*callOptions) }
+	// An AuditOption is WithPage or WithProgress.
+	AuditOption interface{ applyAudit(*callOptions) }
+	// A RepairOption is WithExecute, WithPage or WithProgress.
+	RepairOption interface{ applyRepair(*callOptions) }
 )
 
 type callOptions struct {
-	labels Labels
-	parent string
-	sync   bool
-	fence  int64
-	page   int64
-	report func(Progress)
+	labels  Labels
+	parent  string
+	sync    bool
+	fence   int64
+	page    int64
+	execute bool
+	report  func(Progress)
 }
 
 type (
 	labelsOption   Labels
 	parentOption   string
 	syncOption     bool
+	executeOption  bool
 	fenceOption    int64
 	pageOption     int64
 	progressOption func(Progress)
@@ -150,8 +156,17 @@ func WithFence(fence int64) interface {
 	return fenceOption(fence)
 }
 
-// WithPage says how many infos a page of a walk has at most, 1 to 10,000: 1000 where nothing is said.
-func WithPage(infos int) WalkOption { return pageOption(infos) }
+// WithPage says how many infos or findings a page has at most, 1 to 10,000: 1000 where nothing is said.
+func WithPage(most int) interface {
+	WalkOption
+	AuditOption
+	RepairOption
+} {
+	return pageOption(most)
+}
+
+// WithExecute has the repair change what it can mend.
+func WithExecute() RepairOption { return executeOption(true) }
 
 // WithProgress has report called now and then, by the calling goroutine, while a long call is at work.
 func WithProgress(report func(Progress)) interface {
@@ -159,6 +174,8 @@ func WithProgress(report func(Progress)) interface {
 	CommitOption
 	UsageOption
 	CleanupOption
+	AuditOption
+	RepairOption
 } {
 	return progressOption(report)
 }
@@ -172,6 +189,11 @@ func (f fenceOption) applyCommit(o *callOptions)     { o.fence = int64(f) }
 func (f fenceOption) applyRemove(o *callOptions)     { o.fence = int64(f) }
 func (f fenceOption) applyMounts(o *callOptions)     { o.fence = int64(f) }
 func (p pageOption) applyWalk(o *callOptions)        { o.page = int64(p) }
+func (p pageOption) applyAudit(o *callOptions)       { o.page = int64(p) }
+func (p pageOption) applyRepair(o *callOptions)      { o.page = int64(p) }
+func (e executeOption) applyRepair(o *callOptions)   { o.execute = bool(e) }
+func (p progressOption) applyAudit(o *callOptions)   { o.report = p }
+func (p progressOption) applyRepair(o *callOptions)  { o.report = p }
 func (p progressOption) applyPrepare(o *callOptions) { o.report = p }
 func (p progressOption) applyCommit(o *callOptions)  { o.report = p }
 func (p progressOption) applyUsage(o *callOptions)   { o.report = p }

@@ -10,6 +10,7 @@ import (
 
 const (
 	timeoutDefault        = 60 * time.Second       // how long a call waits where its context has no deadline
+	auditTimeout          = time.Hour              // how long an audit may take instead: it reads all there is
 	connectTimeoutDefault = 3 * time.Second        // how long a call waits for a broker that is not there
 	patienceDefault       = 10 * time.Second       // how long a request is repeated: a restart takes a second or two
 	pauseFirst            = 50 * time.Millisecond  // longest pause before the first repeat; doubled with every further one

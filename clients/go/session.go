@@ -314,17 +314,20 @@ func (e *exchange) told(slot *pending, err *Error) *Error {
 
 // progress keeps the latest for the caller, who may be slow.
 func (p *pending) progress(progress Progress) {
-	if p.report == nil || p.abandoned {
-		return
+	if !p.abandoned {
+		keepLatest(p.report, progress)
 	}
-	for {
+}
+
+func keepLatest(report chan Progress, progress Progress) {
+	for report != nil {
 		select {
-		case p.report <- progress:
+		case report <- progress:
 			return
 		default:
 		}
 		select {
-		case <-p.report:
+		case <-report:
 		default:
 		}
 	}
@@ -340,6 +343,7 @@ type stream struct {
 	over     bool
 	err      *Error
 	wake     chan struct{} // one signal whenever something has come
+	report   chan Progress // the latest; nil where nobody asks
 }
 
 func newStream(target, namespace string, timeout time.Duration, call []byte) *stream {
@@ -366,7 +370,9 @@ func (s *stream) receive(part *reply, last bool) (bool, *Error) {
 		case one.ok != nil:
 			s.pages = append(s.pages, one.ok)
 			s.answered = true
-		case one.progress == nil:
+		case one.progress != nil:
+			keepLatest(s.report, *one.progress)
+		default:
 			return true, fault(CodeInternal, "the broker's outcome is neither a page nor an error")
 		}
 	}

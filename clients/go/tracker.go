@@ -179,7 +179,7 @@ func (t *tracker) feedEvent(topic []byte, sequence int64, body []byte) (event Ev
 	}
 	if ok {
 		event, err = decodeLike(body, (*reader).event, "event", &t.before)
-		if err != nil || event.Sequence != sequence {
+		if err != nil || event.Sequence != sequence || !event.isOn(topic) {
 			t.statistics.Malformed++
 			return Event{}, false, nil
 		}

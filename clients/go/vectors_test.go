@@ -79,6 +79,8 @@ var codecs = map[string]struct {
 	"Usage":        {reads((*reader).usage), writes((*writer).usage)},
 	"WalkPage":     {reads((*reader).walkPage), writes((*writer).walkPage)},
 	"EventsPage":   {reads((*reader).eventsPage), writes((*writer).eventsPage)},
+	"AuditPage":    {reads((*reader).auditPage), writes((*writer).auditPage)},
+	"WhyAnswer":    {reads((*reader).why), writes((*writer).why)},
 	"StatusAnswer": {reads((*reader).status), writes((*writer).status)},
 	"Event":        {reads((*reader).event), writes((*writer).event)},
 	"Heartbeat":    {reads((*reader).heartbeat), writes((*writer).heartbeat)},

@@ -11,9 +11,17 @@ import (
 type pages struct {
 	connection *connection
 	stream     *stream
+	report     func(Progress)
 }
 
 func (c *Client) ask(ctx context.Context, question *call) (*pages, error) {
+	return c.askWithin(ctx, question, c.connection.timeout, nil)
+}
+
+// askWithin is ask with the timeout for a context without a deadline, and with who is told of progress.
+func (c *Client) askWithin(
+	ctx context.Context, question *call, timeout time.Duration, report func(Progress),
+) (*pages, error) {
 	target, err := c.Snapshotter(ctx)
 	if err != nil {
 		return nil, err
@@ -25,7 +33,10 @@ func (c *Client) ask(ctx context.Context, question *call) (*pages, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, ended(ctx, false, false)
 	}
-	p := &pages{c.connection, newStream(target, c.namespace, c.connection.timeout, body)}
+	p := &pages{c.connection, newStream(target, c.namespace, timeout, body), report}
+	if report != nil {
+		p.stream.report = make(chan Progress, 1)
+	}
 	if deadline, ok := ctx.Deadline(); ok {
 		p.stream.timeout, p.stream.grace = max(time.Until(deadline), time.Millisecond), contextGrace
 	}
@@ -56,6 +67,8 @@ func (p *pages) next(ctx context.Context) ([]byte, error) {
 		}
 		select {
 		case <-p.stream.wake:
+		case progress := <-p.stream.report:
+			p.report(progress)
 		case <-ctx.Done():
 			sent := p.sent()
 			p.close()

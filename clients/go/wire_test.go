@@ -50,12 +50,6 @@ func (r *reader) request() bodyOfRequest {
 	return request
 }
 
-func (r *reader) boolean() bool {
-	value, rest, err := msgp.ReadBoolBytes(r.rest)
-	r.take(rest, err)
-	return value
-}
-
 func (r *reader) bytes() []byte {
 	value, rest, err := msgp.ReadBytesBytes(r.rest, nil)
 	r.take(rest, err)
@@ -91,7 +85,8 @@ func (r *reader) call() call {
 	if r.err != nil {
 		return one
 	}
-	if one.verb == verbWalk || one.verb == verbEvents {
+	switch one.verb {
+	case verbWalk, verbEvents, verbAudit, verbRepair:
 		one.page, one.credit = pageDefault, creditDefault
 	}
 	end := *r
@@ -126,6 +121,8 @@ func (r *reader) call() call {
 			one.credit = r.integer()
 		case "follow":
 			one.follow = r.boolean()
+		case "execute":
+			one.execute = r.boolean()
 		case "request":
 			one.request = r.bytes()
 		case "calls":
@@ -143,6 +140,7 @@ func (r *reader) call() call {
 	required := map[verb][]string{
 		verbPrepare: {"key"}, verbView: {"key"}, verbCommit: {"name", "key"}, verbRemove: {"key"}, verbMounts: {"key"},
 		verbStat: {"key"}, verbUpdate: {"name"}, verbUsage: {"key"}, verbEvents: {"since"}, verbCancel: {"request"},
+		verbWhy: {"key"},
 	}
 	for _, name := range append(required[one.verb], "verb") {
 		if !fields[name] {
@@ -237,6 +235,76 @@ func (w *writer) walkPage(p WalkPage) {
 	}
 	w.integerUnless("sequence", p.Sequence, 0)
 	w.textIf("next", p.next)
+	w.end()
+}
+
+func (w *writer) finding(f Finding) {
+	w.begin()
+	w.text("kind", f.Kind)
+	w.text("severity", f.Severity)
+	w.text("message", f.Message)
+	w.text("advice", f.Advice)
+	w.textIf("namespace", f.Namespace)
+	w.textIf("key", f.Key)
+	w.integerUnless("id", f.ID, 0)
+	w.textIf("path", f.Path)
+	w.integerUnless("sequence", f.Sequence, 0)
+	w.integerUnless("time", f.Time, 0)
+	w.integerUnless("inodes", f.Inodes, 0)
+	w.integerUnless("size", f.Size, 0)
+	w.textIf("repair", f.Repair)
+	w.trueIf("mended", f.Mended)
+	w.textIf("failure", f.Failure)
+	w.end()
+}
+
+func (w *writer) auditPage(p AuditPage) {
+	w.begin()
+	if len(p.Findings) > 0 {
+		w.key("findings")
+		w.body = msgp.AppendArrayHeader(w.body, uint32(len(p.Findings)))
+		for _, finding := range p.Findings {
+			w.finding(finding)
+		}
+	}
+	w.textIf("next", p.next)
+	w.integerUnless("looked", p.Looked, 0)
+	w.end()
+}
+
+func (w *writer) why(a WhyAnswer) {
+	w.begin()
+	if a.Info != nil {
+		w.key("info")
+		w.info(*a.Info)
+	}
+	w.integerUnless("id", a.ID, 0)
+	w.integerUnless("fence", a.Fence, 0)
+	w.trueIf("broken", a.Broken)
+	w.textsIf("children", a.Children)
+	w.integerUnless("children_count", a.ChildrenCount, 0)
+	w.textsIf("holds", a.Holds)
+	if len(a.Mounts) > 0 {
+		w.key("mounts")
+		w.body = msgp.AppendArrayHeader(w.body, uint32(len(a.Mounts)))
+		for _, use := range a.Mounts {
+			w.begin()
+			w.text("point", use.Point)
+			w.text("type", use.Type)
+			w.integerUnless("pid", use.PID, 0)
+			w.textIf("process", use.Process)
+			w.end()
+		}
+	}
+	w.textsIf("references", a.References)
+	if len(a.Events) > 0 {
+		w.key("events")
+		w.body = msgp.AppendArrayHeader(w.body, uint32(len(a.Events)))
+		for _, event := range a.Events {
+			w.event(event)
+		}
+	}
+	w.integerUnless("oldest", a.Oldest, 0)
 	w.end()
 }
 
