@@ -25,7 +25,8 @@ import (
 // which it came. mu is for what is remembered: it is held for a moment only, never while a socket is used. A Cancel that
 // is due is left in the outbox, and sent by whoever made it due once it holds mu no more.
 //
-// No goroutine waits for a lone call's reply but the one that reads the socket: it wakes the caller by a channel.
+// A goroutine reads the socket and wakes callers by their channels; a caller that is alone waits at the socket itself, see
+// lookout.
 
 const (
 	callsPerRequest = 256 // calls in one request: enough for a group commit, few enough to answer early
@@ -69,6 +70,7 @@ type connection struct {
 	io      sync.Mutex
 	socket  *watched
 	monitor *watched
+	lookout *lookout
 
 	mu            sync.Mutex
 	patience      *patience
@@ -125,7 +127,7 @@ func open(o *options) (*connection, error) {
 	if events != "" {
 		c.eventsEndpoint.Store(&events)
 	}
-	if c.socket, c.monitor, err = dealer(context, router, keys); err != nil {
+	if c.socket, c.monitor, c.lookout, err = dealer(context, router, keys); err != nil {
 		_ = context.Term()
 		return nil, err
 	}
@@ -181,8 +183,12 @@ func (c *connection) call(
 	if report != nil {
 		p.report = make(chan Progress, 1)
 	}
-	if err := c.gather(way, timeout, p); err != nil {
+	alone, err := c.gather(way, timeout, p)
+	if err != nil {
 		return nil, err
+	}
+	if alone && report == nil {
+		c.lookOut(ctx, p)
 	}
 	ok, whole, err := c.await(ctx, p, report)
 	if whole {
@@ -196,7 +202,7 @@ func (c *connection) call(
 }
 
 // gather adds the call to the request that is being gathered for its lane, and sees to it that it is sent.
-func (c *connection) gather(way lane, timeout time.Duration, p *pending) error {
+func (c *connection) gather(way lane, timeout time.Duration, p *pending) (alone bool, err error) {
 	most := c.callsMax
 	if p.verb.reads() {
 		most = c.readsMax
@@ -204,7 +210,7 @@ func (c *connection) gather(way lane, timeout time.Duration, p *pending) error {
 	c.mu.Lock()
 	if c.closed {
 		c.mu.Unlock()
-		return c.closedError()
+		return false, c.closedError()
 	}
 	e := c.gathering[way]
 	if e != nil && e.bytes+len(p.body) > BodyBytesMax-headBytesMax {
@@ -226,12 +232,12 @@ func (c *connection) gather(way lane, timeout time.Duration, p *pending) error {
 	}
 	mine := !c.flushing
 	c.flushing = true
-	alone := c.waiting.Add(1) == 1
+	alone = c.waiting.Add(1) == 1
 	c.mu.Unlock()
 	if mine {
 		c.flush(alone)
 	}
-	return nil
+	return alone, nil
 }
 
 // flush sends what was gathered. Who calls it has set flushing.
@@ -952,6 +958,7 @@ func (c *connection) close() error {
 	for _, socket := range sockets {
 		c.unsubscribe(socket)
 	}
+	c.lookout.users.Wait()
 	c.io.Lock()
 	socket, monitor := c.socket, c.monitor
 	c.socket = nil
@@ -960,6 +967,7 @@ func (c *connection) close() error {
 	monitor.close()
 	socket.close()
 	c.reading.Wait()
+	c.lookout.close()
 	if err := c.context.Term(); err != nil {
 		return fault(CodeInternal, "the sockets to %s did not end: %v", c.endpoint, err)
 	}

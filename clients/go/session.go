@@ -67,6 +67,7 @@ type pending struct {
 	verb   verb
 	body   []byte
 	done   chan struct{} // one signal, when settled; nil in a batch, whose caller waits for all
+	bell   *lookout      // where the caller waits at the socket
 	report chan Progress // the latest; nil where nobody asks
 
 	exchange  *exchange
@@ -81,8 +82,11 @@ type pending struct {
 
 func (p *pending) settle(ok []byte, err *Error) {
 	p.ok, p.err, p.settled = ok, err, true
+	if p.bell != nil {
+		p.bell.ring()
+	}
 	if p.done != nil {
-		p.done <- struct{}{}
+		p.done <- struct{}{} // From here on it is the caller's.
 	}
 }
 

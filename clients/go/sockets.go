@@ -73,16 +73,38 @@ func watch(socket *zmq.Socket) (*watched, error) {
 		return nil, fmt.Errorf("dup: %w", err)
 	}
 	// Its flags, such as O_NONBLOCK, are those of the socket's: that is what makes the poller take it.
-	file := os.NewFile(uintptr(own), "zmq")
+	file, raw, err := polled(own)
+	if err != nil {
+		return nil, err
+	}
+	return &watched{Socket: socket, transfer: transfer, file: file, raw: raw}, nil
+}
+
+// polled has the descriptor waited for by the runtime's poller, and closes it where that cannot be.
+func polled(descriptor int) (*os.File, syscall.RawConn, error) {
+	file := os.NewFile(uintptr(descriptor), "zmq")
 	raw, err := file.SyscallConn()
 	if err == nil {
 		err = file.SetReadDeadline(time.Time{})
 	}
 	if err != nil {
 		_ = file.Close()
-		return nil, fmt.Errorf("poll: %w", err)
+		return nil, nil, fmt.Errorf("poll: %w", err)
 	}
-	return &watched{Socket: socket, transfer: transfer, file: file, raw: raw}, nil
+	return file, raw, nil
+}
+
+// watchByGate is watch for a socket that a lone caller waits for itself.
+func watchByGate(socket *zmq.Socket) (*watched, *lookout, error) {
+	transfer, err := transferOf(socket)
+	if err != nil {
+		return nil, nil, err
+	}
+	l, err := lookoutFor(socket)
+	if err != nil {
+		return nil, nil, err
+	}
+	return &watched{Socket: socket, transfer: transfer, file: l.gate, raw: l.raw}, l, nil
 }
 
 // readable says whether a message can be taken; it also makes the socket do what was put off.
@@ -114,15 +136,17 @@ func (w *watched) close() {
 func (w *watched) interrupt() { _ = w.file.Close() }
 
 // dealer connects to the broker's router; monitor tells of its connection.
-func dealer(context *zmq.Context, endpoint string, keys *curveKeys) (socket, monitor *watched, err error) {
+func dealer(
+	context *zmq.Context, endpoint string, keys *curveKeys,
+) (socket, monitor *watched, lookout *lookout, err error) {
 	bare, err := context.NewSocket(zmq.DEALER)
 	if err != nil {
-		return nil, nil, exhausted(endpoint, err)
+		return nil, nil, nil, exhausted(endpoint, err)
 	}
 	watcher, err := context.NewSocket(zmq.PAIR)
 	if err != nil {
 		_ = bare.Close()
-		return nil, nil, exhausted(endpoint, err)
+		return nil, nil, nil, exhausted(endpoint, err)
 	}
 	address := fmt.Sprintf("inproc://monitor-%d", monitors.Add(1))
 	err = errors.Join(
@@ -137,24 +161,26 @@ func dealer(context *zmq.Context, endpoint string, keys *curveKeys) (socket, mon
 		watcher.Connect(address),
 	)
 	if err == nil {
-		if socket, err = watch(bare); err == nil {
+		if socket, lookout, err = watchByGate(bare); err == nil {
 			if monitor, err = watch(watcher); err != nil {
 				_ = socket.file.Close()
+				lookout.close()
 			}
 		}
 	}
 	if err != nil {
 		_ = watcher.Close()
 		_ = bare.Close()
-		return nil, nil, exhausted(endpoint, err)
+		return nil, nil, nil, exhausted(endpoint, err)
 	}
 	if err = bare.Connect(endpoint); err != nil {
 		_ = bare.Monitor("", 0)
 		monitor.close()
 		socket.close()
-		return nil, nil, noEndpoint(endpoint, err)
+		lookout.close()
+		return nil, nil, nil, noEndpoint(endpoint, err)
 	}
-	return socket, monitor, nil
+	return socket, monitor, lookout, nil
 }
 
 // publications connects to the broker's publisher, subscribed to the prefixes.

@@ -245,6 +245,9 @@ func mountOptions(options []string) (flags uintptr, data string) {
 
 // cleanUp removes what this run made, children before their parent, and waits until it is gone.
 func (f *farm) cleanUp(ctx context.Context) error {
+	if len(f.made) == 0 {
+		return nil // Maybe there is not even a broker.
+	}
 	var failed error
 	for _, name := range slices.Backward(f.made) {
 		failed = cmp.Or(failed, f.client.Remove(ctx, name))
