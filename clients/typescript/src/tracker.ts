@@ -179,7 +179,7 @@ export class Tracker {
       // A subscription is a prefix: a topic that merely begins like the one asked for may match.
       return undefined;
     }
-    if (event !== undefined && event.sequence !== sequence) {
+    if (event !== undefined && (event.sequence !== sequence || event.topic !== topic)) {
       this.#malformed++;
       return undefined;
     }

@@ -85,9 +85,13 @@ describe("a tracker of a namespace", () => {
       [topic, version, Buffer.from("1"), body],
       [topic, version, number, Buffer.from("90", "hex")],
       [topic, version, number, eventFrames(2n, 0n)[3] as Buffer],
+      [topic, version, number, eventFrames(1n, 0n, "remove")[3] as Buffer],
     ];
-    assert.deepEqual(fed(of, ...odd), [undefined, undefined, undefined, undefined]);
-    assert.equal(of.statistics().malformed, 4);
+    assert.deepEqual(
+      fed(of, ...odd),
+      odd.map(() => undefined),
+    );
+    assert.equal(of.statistics().malformed, odd.length);
     assert.deepEqual(fed(of, eventFrames(2n, 1n)), [undefined]);
     assert(of.behind);
   });
@@ -104,6 +108,15 @@ describe("a tracker of one topic", () => {
     assert.deepEqual(of.subscriptions, [PREPARE, "fake//heartbeat"]);
     assert.deepEqual(fed(of, eventFrames(3n, 0n), eventFrames(9n, 3n)), [3n, 9n]);
     assert.deepEqual(fed(of, eventFrames(12n, 10n)), [undefined]);
+    assert(of.behind);
+  });
+
+  test("takes an event that is another topic's for lost", () => {
+    const of = tracker([PREPARE]);
+    const [topic, version, number] = eventFrames(1n, 0n) as [Buffer, Buffer, Buffer];
+    assert.deepEqual(fed(of, [topic, version, number, eventFrames(1n, 0n, "remove")[3] as Buffer]), [undefined]);
+    assert.deepEqual([of.position, of.statistics().malformed], [0n, 1]);
+    assert.deepEqual(fed(of, eventFrames(2n, 1n)), [undefined]);
     assert(of.behind);
   });
 
