@@ -1,16 +1,17 @@
 /** The client's front: the verbs, over one connection. */
 
 import { milliseconds } from "./arguments.js";
+import { Audit, type AuditOptions, type RepairOptions } from "./audit.js";
 import { Batch, type BatchOptions } from "./batch.js";
 import * as calls from "./calls.js";
 import { Connection, type ConnectionStatistics } from "./connection.js";
-import type { Info, Labels, Mounts, Progress, Status, Usage } from "./contract.js";
+import type { Info, Labels, Mounts, Progress, Status, Usage, Why } from "./contract.js";
 import { eventsEndpoint, namespaceOrDefault, routerEndpoint, snapshotterOrNone } from "./endpoints.js";
 import { Events, type EventsOptions } from "./events.js";
 import { keysFor } from "./keys.js";
 import { Mirror, type MirrorOptions } from "./mirror.js";
 import { Patience, PATIENCE_MS } from "./patience.js";
-import { readInfo, readMounts, readNothing, readUsage } from "./protocol.js";
+import { readInfo, readMounts, readNothing, readUsage, readWhy } from "./protocol.js";
 import { CALLS_PER_REQUEST, TIMEOUT_MS } from "./session.js";
 import { CONNECT_MS } from "./sockets.js";
 import { View, type CallOptions } from "./view.js";
@@ -164,6 +165,21 @@ export class Broker {
   /** Wait until everything removed so far is deleted from disk. */
   cleanup(options: LongCallOptions = {}): Promise<void> {
     return this.#view.call(() => ({ verb: "cleanup" }), readNothing, options);
+  }
+
+  /** What is not as it must be with the snapshotter's records, journal and directories, of all namespaces. */
+  audit(options: AuditOptions = {}): Audit {
+    return new Audit(this.#view, undefined, options);
+  }
+
+  /** An audit whose findings are mended as they come; without `execute` they only say what would be done. */
+  repair(options: RepairOptions = {}): Audit {
+    return new Audit(this.#view, options.execute ?? false, options);
+  }
+
+  /** What keeps the snapshot `key`, and the last events on this name, also where there is none. */
+  why(key: string, options: CallOptions = {}): Promise<Why> {
+    return this.#view.call(() => calls.why(key), readWhy, options);
   }
 
   /** The events above `since`, each once and in order; without end, unless `follow` is false. */

@@ -66,6 +66,10 @@ export function usage(key: string): Call {
   return { verb: "usage", key: text(key) };
 }
 
+export function why(key: string): Call {
+  return { verb: "why", key: text(key) };
+}
+
 export function update(name: string, labels: Labels, { fieldpaths = [] }: UpdateOptions): Call {
   return protocol.update(text(name, "name"), labelMap(labels), texts(fieldpaths, "fieldpaths"));
 }

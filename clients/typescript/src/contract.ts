@@ -133,6 +133,65 @@ export interface Status {
   readonly snapshotters: readonly SnapshotterStatus[];
 }
 
+/** How grave a finding is. An audit without warnings and errors is clean. */
+export type Severity = "note" | "warning" | "error" | (string & Record<never, never>);
+
+/** Something that is not as it must be, or that somebody should know of. What is not known of it is "" or 0n. */
+export interface Finding {
+  /** One of those that RFC 1, 5.15 lists. Later versions of the broker may have more. */
+  readonly kind: string;
+  readonly severity: Severity;
+  readonly message: string;
+  readonly advice: string;
+  readonly namespace: string;
+  readonly key: string;
+  readonly id: bigint;
+  readonly path: string;
+  readonly sequence: bigint;
+  /** Since when, in nanoseconds since the epoch. */
+  readonly time: bigint;
+  /** What it takes. */
+  readonly inodes: bigint;
+  readonly size: bigint;
+  /** What a repair does about it; empty where it does nothing. */
+  readonly repair: string;
+  /** After a repair: whether it is mended, or why it could not be. */
+  readonly mended: boolean;
+  readonly failure: string;
+}
+
+/** A mount that uses a snapshot's files, and a process that sees it. */
+export interface MountUse {
+  readonly point: string;
+  readonly type: string;
+  /** 0 where no process is known. */
+  readonly pid: number;
+  readonly process: string;
+}
+
+/** What keeps a snapshot, and what the journal has on its name. */
+export interface Why {
+  /** Absent where there is no such snapshot. */
+  readonly info: Info | undefined;
+  readonly id: bigint;
+  readonly fence: bigint;
+  /** Its files are missing. */
+  readonly broken: boolean;
+  /** Snapshots that stand on it: the first of `childrenCount`. */
+  readonly children: readonly string[];
+  readonly childrenCount: number;
+  /** Calls under way that need it, as sentences. */
+  readonly holds: readonly string[];
+  /** Where it is mounted, also as a layer of another. */
+  readonly mounts: readonly MountUse[];
+  /** The `containerd.io/snapshot.ref` under which it is found. */
+  readonly references: readonly string[];
+  /** The last events on the name, the newest first. */
+  readonly events: readonly SnapshotEvent[];
+  /** The oldest sequence that the journal keeps. */
+  readonly oldest: bigint;
+}
+
 const NAMESPACE = /^[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*$/;
 
 /** FailedPrecondition when it is missing, InvalidArgument when it is malformed (RFC 1, 7.1). */

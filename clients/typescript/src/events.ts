@@ -150,7 +150,10 @@ export class Events implements AsyncIterableIterator<SnapshotEvent> {
     const lane = await this.#view.resolved(undefined, signal);
     const name = Buffer.from(lane.target).toString();
     const tracker = new Tracker(name, lane.namespace, topics ?? [], this.#since ?? 0n, this.#silenceMs);
-    if (this.#follow) this.#socket = await this.#connection.subscribe(tracker.subscriptions);
+    if (this.#follow) {
+      this.#socket = await this.#connection.subscribe(tracker.subscriptions);
+      if (this.#closed) this.#connection.unsubscribe(this.#socket);
+    }
     if (this.#since === undefined) {
       // Start above the newest event there is: a walk's first page says which that is.
       const walk = new Walk(this.#view, { page: 1, signal, timeoutMs });
@@ -263,6 +266,7 @@ export class Events implements AsyncIterableIterator<SnapshotEvent> {
   async #readJournal(tracker: Tracker, until: number): Promise<void> {
     if (this.#pages === undefined) {
       const lane = await this.#view.resolved(this.#options.timeoutMs, this.#options.signal);
+      if (this.#closed) return;
       const stream = new Stream(lane, tracker.question(), readEventsPage);
       this.#pages = new Pages(this.#connection, stream, this.#bell.ring);
     }

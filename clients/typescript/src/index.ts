@@ -1,5 +1,6 @@
 /** The client of snapbrokerd, the snapshot broker. */
 
+export { Audit, type AuditOptions, type RepairOptions } from "./audit.js";
 export { Batch, type BatchOptions } from "./batch.js";
 export { Broker, connect, type ConnectOptions, type LongCallOptions } from "./broker.js";
 export type { CommitOptions, CreateOptions, FenceOptions, UpdateOptions } from "./calls.js";
@@ -7,16 +8,20 @@ export type { ConnectionStatistics } from "./connection.js";
 export type {
   EventVerb,
   Figures,
+  Finding,
   Info,
   Kind,
   Labels,
   Mount,
+  MountUse,
   Mounts,
   Progress,
+  Severity,
   SnapshotEvent,
   SnapshotterStatus,
   Status,
   Usage,
+  Why,
 } from "./contract.js";
 export {
   AlreadyExistsError,
@@ -39,7 +44,7 @@ export {
 export { Events, type EventsOptions } from "./events.js";
 export { toJson } from "./json.js";
 export { Mirror, type Change, type Changed, type MirrorOptions, type Walked } from "./mirror.js";
-export type { WalkPage } from "./protocol.js";
+export type { AuditPage, WalkPage } from "./protocol.js";
 export type { Answer } from "./session.js";
 export type { EventStatistics } from "./tracker.js";
 export type { CallOptions } from "./view.js";

@@ -10,16 +10,19 @@ import {
   SEQUENCE_MAX,
   topicOf,
   type Figures,
+  type Finding,
   type Info,
   type Kind,
   type Labels,
   type Mount,
+  type MountUse,
   type Mounts,
   type Progress,
   type SnapshotEvent,
   type SnapshotterStatus,
   type Status,
   type Usage,
+  type Why,
 } from "./contract.js";
 import { errorOf, InvalidArgumentError, UnimplementedError, type Details, type SnapbrokerError } from "./errors.js";
 import { checking, decode, encode, Float, integer, ODD, PROTO, reading, reason, type WireInteger } from "./msgpack.js";
@@ -52,11 +55,13 @@ export type Call =
   | { verb: "prepare" | "view"; key: string; parent?: string; labels?: Labels }
   | { verb: "commit"; name: string; key: string; parent?: string; labels?: Labels; sync?: true; fence?: WireInteger }
   | { verb: "remove" | "mounts"; key: string; fence?: WireInteger }
-  | { verb: "stat" | "usage"; key: string }
+  | { verb: "stat" | "usage" | "why"; key: string }
   | { verb: "update"; name: string; labels?: Labels; fieldpaths?: readonly string[] }
   | { verb: "walk"; filters?: readonly string[]; after?: string; page?: number; credit?: number }
   | { verb: "cleanup" | "status" }
   | { verb: "events"; since: WireInteger; topics?: readonly string[]; page?: number; credit?: number; follow?: true }
+  | { verb: "audit"; after?: string; page?: number; credit?: number }
+  | { verb: "repair"; execute?: true; after?: string; page?: number; credit?: number }
   | { verb: "cancel"; request: Uint8Array; calls?: readonly number[] };
 
 /** The name of a call. */
@@ -75,6 +80,9 @@ export const VERBS: readonly string[] = [
   "walk",
   "cleanup",
   "events",
+  "audit",
+  "repair",
+  "why",
   "cancel",
   "status",
 ] satisfies Verb[];
@@ -103,6 +111,13 @@ export interface EventsPage {
   readonly events: readonly SnapshotEvent[];
   readonly next: bigint;
   readonly newest: bigint;
+}
+
+/** Findings in the order in which they were made; `looked`: how many things this request has looked at so far. */
+export interface AuditPage {
+  readonly findings: readonly Finding[];
+  readonly next: string;
+  readonly looked: number;
 }
 
 /** An error on the wire. */
@@ -173,13 +188,17 @@ export function update(name: string, labels: Labels, fieldpaths: readonly string
 
 /** A walk, or its continuation behind `after`. */
 export function walk(filters: readonly string[], after: string, page: number, credit: number): Call {
-  return {
-    verb: "walk",
-    ...(filters.length > 0 && { filters }),
-    ...(after && { after }),
-    ...(page !== PAGE && { page }),
-    ...(credit !== CREDIT && { credit }),
-  };
+  return { verb: "walk", ...(filters.length > 0 && { filters }), ...continued(after, page, credit) };
+}
+
+/** An audit, or its continuation behind `after`. */
+export function audit(after: string, page: number, credit: number): Call {
+  return { verb: "audit", ...continued(after, page, credit) };
+}
+
+/** A repair, or its continuation behind `after`; without `execute` nothing is changed. */
+export function repair(execute: boolean, after: string, page: number, credit: number): Call {
+  return { verb: "repair", ...(execute && { execute }), ...continued(after, page, credit) };
 }
 
 /** The journal above `since`. */
@@ -203,6 +222,10 @@ export function events(
 /** A cancel of the request with this id; without calls of all of them. */
 export function cancel(request: Uint8Array, calls: readonly number[] = []): Call {
   return { verb: "cancel", request, ...(calls.length > 0 && { calls }) };
+}
+
+function continued(after: string, page: number, credit: number): { after?: string; page?: number; credit?: number } {
+  return { ...(after && { after }), ...(page !== PAGE && { page }), ...(credit !== CREDIT && { credit }) };
 }
 
 function present(labels: Labels): { labels?: Labels } {
@@ -406,6 +429,66 @@ function readEvent(value: unknown): SnapshotEvent {
   };
 }
 
+/** A page of an audit or a repair. */
+export function readAuditPage(value: unknown): AuditPage {
+  const page = fields(value, "the page");
+  return {
+    findings: list(page["findings"], "findings", readFinding),
+    next: textOr(page["next"], "next"),
+    looked: int53Or(page["looked"], "looked"),
+  };
+}
+
+function readFinding(value: unknown): Finding {
+  const finding = fields(value, "a finding");
+  return {
+    kind: text(finding["kind"], "kind"),
+    severity: text(finding["severity"], "severity"),
+    message: text(finding["message"], "message"),
+    advice: text(finding["advice"], "advice"),
+    namespace: textOr(finding["namespace"], "namespace"),
+    key: textOr(finding["key"], "key"),
+    id: int64Or(finding["id"], "id"),
+    path: textOr(finding["path"], "path"),
+    sequence: int64Or(finding["sequence"], "sequence"),
+    time: int64Or(finding["time"], "time"),
+    inodes: int64Or(finding["inodes"], "inodes"),
+    size: int64Or(finding["size"], "size"),
+    repair: textOr(finding["repair"], "repair"),
+    mended: boolean(finding["mended"], "mended"),
+    failure: textOr(finding["failure"], "failure"),
+  };
+}
+
+/** The answer of why. */
+export function readWhy(value: unknown): Why {
+  const why = fields(value, "the answer");
+  const info = why["info"];
+  return {
+    info: info === undefined || info === null ? undefined : readInfo(info),
+    id: int64Or(why["id"], "id"),
+    fence: int64Or(why["fence"], "fence"),
+    broken: boolean(why["broken"], "broken"),
+    children: list(why["children"], "children", text),
+    childrenCount: int53Or(why["children_count"], "children_count"),
+    holds: list(why["holds"], "holds", text),
+    mounts: list(why["mounts"], "mounts", readMountUse),
+    references: list(why["references"], "references", text),
+    events: list(why["events"], "events", readEvent),
+    oldest: int64Or(why["oldest"], "oldest"),
+  };
+}
+
+function readMountUse(value: unknown): MountUse {
+  const mount = fields(value, "a mount");
+  return {
+    point: text(mount["point"], "point"),
+    type: text(mount["type"], "type"),
+    pid: int53Or(mount["pid"], "pid"),
+    process: textOr(mount["process"], "process"),
+  };
+}
+
 /** The answer of status. */
 export function readStatus(value: unknown): Status {
   const status = fields(value, "status");
@@ -558,6 +641,7 @@ function checkVerb(call: Fields): void {
 
 function readCall(call: Fields): Call {
   const key = () => text(call["key"], "key");
+  const after = () => textOr(call["after"], "after");
   const parent = textOr(call["parent"], "parent");
   const labels = map(call["labels"], "labels", text);
   const fence = integer(int64Or(call["fence"], "fence"));
@@ -575,11 +659,16 @@ function readCall(call: Fields): Call {
       return fencedCall(verb, key(), fence);
     case "stat":
     case "usage":
+    case "why":
       return { verb, key: key() };
     case "update":
       return update(text(call["name"], "name"), labels, list(call["fieldpaths"], "fieldpaths", text));
     case "walk":
-      return walk(list(call["filters"], "filters", text), textOr(call["after"], "after"), page, credit);
+      return walk(list(call["filters"], "filters", text), after(), page, credit);
+    case "audit":
+      return audit(after(), page, credit);
+    case "repair":
+      return repair(boolean(call["execute"], "execute"), after(), page, credit);
     case "events":
       return events(
         int64(call["since"], "since"),

@@ -53,6 +53,8 @@ export const CALLS_PER_REQUEST = 256;
  */
 export const READS_PER_REQUEST = 32;
 export const READS: ReadonlySet<string> = new Set(["stat", "mounts", "usage"]);
+/** How long an audit or a repair may take where the caller says nothing, in milliseconds: it reads all there is. */
+export const AUDIT_MS = 3_600_000;
 /** Infos in one page of a walk. */
 export const WALK_PAGE = 1000;
 /** Pages asked for at once by walk and events: what a slow reader may have lying in its memory. */
@@ -409,11 +411,14 @@ export class Stream<T> extends Pursuit {
   #error: SnapbrokerError | undefined;
   over = false;
   wake: (() => void) | undefined;
+  readonly #progress: OnProgress | undefined;
+  #broken: { readonly error: unknown } | undefined;
 
-  constructor(lane: Lane, call: Call, read: Read<T>) {
+  constructor(lane: Lane, call: Call, read: Read<T>, progress?: OnProgress) {
     super(lane);
     this.calls.push(call);
     this.#read = read;
+    this.#progress = progress;
   }
 
   encode(): Uint8Array {
@@ -432,7 +437,9 @@ export class Stream<T> extends Pursuit {
       if (outcome.call !== 0) throw new InternalError(`the broker answered call ${outcome.call} of a request of 1`);
       if (outcome.error !== undefined) {
         this.fail(thrown(outcome.error));
-      } else if (outcome.progress === undefined) {
+      } else if (outcome.progress !== undefined) {
+        this.#report(outcome.progress);
+      } else {
         this.#pages.push(readAnswer(outcome.ok, this.#read));
         this.#answered = true;
       }
@@ -452,6 +459,17 @@ export class Stream<T> extends Pursuit {
     this.wake?.();
   }
 
+  /** Hand on how far the call is; a callback that fails gives the call up. */
+  #report(progress: Progress): void {
+    if (this.#broken !== undefined || !this.#wanted) return;
+    try {
+      this.#progress?.(progress);
+    } catch (error) {
+      this.#broken = { error };
+      this.giveUp();
+    }
+  }
+
   /** The caller wants no more pages. */
   giveUp(): void {
     this.#wanted = false;
@@ -463,6 +481,7 @@ export class Stream<T> extends Pursuit {
 
   /** The next page; undefined where it has not come or there is none, and then the stream's error is thrown. */
   take(): T | undefined {
+    if (this.#broken !== undefined) throw this.#broken.error;
     const page = this.#pages.shift();
     if (page === undefined && this.#error !== undefined) throw this.#error;
     return page;

@@ -217,17 +217,19 @@ export class Walk implements AsyncIterableIterator<Info> {
 
   /** The next page of the request under way, which is sent where there is none; undefined at its end. */
   async #fromCurrent(): Promise<WalkPage | undefined> {
-    this.#current ??= await this.#ask();
-    const pages = this.#current;
-    for (;;) {
+    const pages = (this.#current ??= await this.#ask());
+    while (pages !== undefined) {
       const page = pages.take();
       if (page !== undefined || pages.over || this.#closed) return page;
       await this.#bell.wait();
     }
+    return undefined;
   }
 
-  async #ask(): Promise<Pages<WalkPage>> {
+  /** Send a request; undefined where the walk was closed meanwhile. */
+  async #ask(): Promise<Pages<WalkPage> | undefined> {
     const lane = await this.#view.resolved(this.#options.timeoutMs, this.#options.signal);
+    if (this.#closed) return undefined;
     const call = walk(this.#filters, this.#after, this.#pageSize, PAGES_AT_ONCE);
     return new Pages(this.#view.connection, new Stream(lane, call, readWalkPage), this.#bell.ring);
   }

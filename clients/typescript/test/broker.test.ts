@@ -1,7 +1,8 @@
 /** The client against real brokers: verbs, errors, crashes, events. */
 
 import assert from "node:assert/strict";
-import { readFileSync } from "node:fs";
+import { chmodSync, readFileSync, statSync } from "node:fs";
+import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 
 import { Dealer } from "zeromq";
@@ -13,7 +14,9 @@ import {
   InvalidArgumentError,
   NotFoundError,
   OutOfRangeError,
+  UnavailableError,
   type Broker,
+  type Finding,
   type Info,
   type Mirror,
   type SnapshotEvent,
@@ -272,6 +275,65 @@ describe("events", () => {
   });
 });
 
+describe("what is not as it must be", () => {
+  test("is found, told what a repair would do, and mended", async () => {
+    await using broker = await daemon.client("overlayfs", { namespace: "audits" });
+    await broker.prepare("a");
+    const { snapshotters } = await broker.status();
+    const trash = join(snapshotters.find(({ name }) => name === "overlayfs")?.root ?? "", "trash");
+    const mode = statSync(trash).mode & 0o777;
+    chmodSync(trash, 0o777);
+    const told = async (findings: AsyncIterable<Finding>) => {
+      return (await listed(findings)).filter(({ path }) => path === trash);
+    };
+    const audit = broker.audit({ page: 1 });
+    const [found, ...more] = await told(audit);
+    assert.deepEqual([found?.kind, found?.severity, found?.mended, more], ["mode", "warning", false, []]);
+    assert(audit.looked > 0);
+    const [planned] = await told(broker.repair());
+    assert(planned?.repair && !planned.mended, "nothing was planned");
+    assert.equal(statSync(trash).mode & 0o777, 0o777);
+    const [mended] = await told(broker.repair({ execute: true }));
+    assert.deepEqual([mended?.mended, mended?.failure], [true, ""]);
+    assert.equal(statSync(trash).mode & 0o777, mode);
+    for await (const { findings } of broker.audit().pages()) {
+      assert(!findings.some(({ path }) => path === trash));
+    }
+    assert((await failure(broker.audit({ page: 10_001 }).next())) instanceof InvalidArgumentError);
+  });
+
+  test("ends where its signal or its reader says so", async () => {
+    await using broker = await daemon.client("overlayfs", { namespace: "audits" });
+    const stop = new AbortController();
+    const aborted = broker.audit({ signal: stop.signal });
+    const first = aborted.next();
+    stop.abort(new Error("enough"));
+    await assert.rejects(first, /enough/);
+    const left = broker.audit();
+    const step = left.next();
+    left.close();
+    assert.deepEqual(await step, { done: true, value: undefined });
+    await broker.status();
+    assert.equal(broker.statistics().underWay, 0);
+  });
+
+  test("or keeps a snapshot, and who removed it", async () => {
+    await using broker = await daemon.client("memory", { namespace: "why" });
+    await broker.prepare("making");
+    await broker.commit("base", "making");
+    const { fence } = await broker.prepare("job", { parent: "base" });
+    const why = await broker.why("base");
+    assert.deepEqual([why.info, why.broken], [await broker.stat("base"), false]);
+    assert.deepEqual([why.children, why.childrenCount], [["job"], 1]);
+    assert.deepEqual(why.events.map(({ verb, key }) => [verb, key]).slice(0, 1), [["commit", "making"]]);
+    assert.equal((await broker.why("job")).fence, fence);
+    await broker.remove("job");
+    const gone = await broker.why("job");
+    assert.deepEqual([gone.info, gone.events[0]?.verb], [undefined, "remove"]);
+    assert(gone.oldest > 0n);
+  });
+});
+
 /** Follow a mirror until it has `name`; answers the events on the way. */
 async function followed(mirror: Mirror, name: string): Promise<SnapshotEvent[]> {
   const events: SnapshotEvent[] = [];
@@ -281,6 +343,27 @@ async function followed(mirror: Mirror, name: string): Promise<SnapshotEvent[]> 
   }
   return events;
 }
+
+describe("a snapshotter that is killed", () => {
+  test("leaves a change in doubt, and nothing else", async () => {
+    await using hasty = await daemon.client("overlayfs", { namespace: "doubt", patienceMs: 0 });
+    await hasty.prepare("there");
+    const pid = await daemon.pid("overlayfs");
+    process.kill(pid, "SIGSTOP");
+    const changed = failure(hasty.prepare("a"));
+    const looked = failure(hasty.stat("there"));
+    // The broker answers by itself, behind both calls: it has handed them over.
+    await hasty.status();
+    process.kill(pid, "SIGKILL");
+    const [change, look] = [await changed, await looked];
+    assert(change instanceof UnavailableError && change.inDoubt, String(change));
+    assert.equal(change.details["in_doubt"], true);
+    assert(look instanceof UnavailableError && !look.inDoubt, String(look));
+    await daemon.pid("overlayfs");
+    await using patient = await daemon.client("overlayfs", { namespace: "doubt", patienceMs: 60_000 });
+    assert.equal((await patient.stat("there")).kind, "active");
+  });
+});
 
 describe("a broker that is killed", () => {
   test("and started again has done every change once, and every event is heard once", async () => {

@@ -57,6 +57,8 @@ const CODECS: Readonly<Record<string, Codec>> = {
   Usage: answer(protocol.readUsage, wire.usage),
   WalkPage: answer(protocol.readWalkPage, wire.walkPage),
   EventsPage: answer(protocol.readEventsPage, wire.eventsPage),
+  AuditPage: answer(protocol.readAuditPage, wire.auditPage),
+  WhyAnswer: answer(protocol.readWhy, wire.why),
   StatusAnswer: answer(protocol.readStatus, wire.status),
 };
 

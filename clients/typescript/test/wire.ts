@@ -1,17 +1,20 @@
 /** What a broker writes: the other half of `src/protocol.ts`, for the vectors and for brokers that tests play. */
 
 import type {
+  Finding,
   Info,
   Mount,
+  MountUse,
   Mounts,
   Progress,
   SnapshotEvent,
   SnapshotterStatus,
   Status,
   Usage,
+  Why,
 } from "../src/contract.js";
 import { Float, integer } from "../src/msgpack.js";
-import type { EventsPage, Fault, Heartbeat, Outcome, Reply, Request, WalkPage } from "../src/protocol.js";
+import type { AuditPage, EventsPage, Fault, Heartbeat, Outcome, Reply, Request, WalkPage } from "../src/protocol.js";
 
 type Map = Record<string, unknown>;
 
@@ -68,6 +71,43 @@ export function event(of: SnapshotEvent): Map {
 export function eventsPage({ events, next, newest }: EventsPage): Map {
   const defaults = { events: [], next: 0, newest: 0 };
   return without(defaults, { events: events.map(event), next: integer(next), newest: integer(newest) });
+}
+
+function finding(of: Finding): Map {
+  const places = { namespace: "", key: "", id: 0, path: "", sequence: 0, time: 0, inodes: 0, size: 0 };
+  const numbers = { id: integer(of.id), sequence: integer(of.sequence), time: integer(of.time) };
+  return without(
+    { ...places, repair: "", mended: false, failure: "" },
+    { ...of, ...numbers, inodes: integer(of.inodes), size: integer(of.size) },
+  );
+}
+
+export function auditPage({ findings, next, looked }: AuditPage): Map {
+  return without({ findings: [], next: "", looked: 0 }, { findings: findings.map(finding), next, looked });
+}
+
+function mountUse({ point, type, pid, process }: MountUse): Map {
+  return without({ pid: 0, process: "" }, { point, type, pid, process });
+}
+
+export function why(of: Why): Map {
+  const lists = { children: [], holds: [], mounts: [], references: [], events: [] };
+  return without(
+    { ...lists, id: 0, fence: 0, broken: false, children_count: 0, oldest: 0 },
+    {
+      ...(of.info && { info: info(of.info) }),
+      id: integer(of.id),
+      fence: integer(of.fence),
+      broken: of.broken,
+      children: of.children,
+      children_count: of.childrenCount,
+      holds: of.holds,
+      mounts: of.mounts.map(mountUse),
+      references: of.references,
+      events: of.events.map(event),
+      oldest: integer(of.oldest),
+    },
+  );
 }
 
 export function heartbeat({ sequence, previous, time, topics }: Heartbeat): Map {
