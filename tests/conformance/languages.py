@@ -80,8 +80,27 @@ def _go() -> Language:
     )
 
 
+def _typescript() -> Language:
+    folder = CLIENTS / "typescript"
+    dist = folder / "dist"
+
+    def program(place: str, name: str) -> Command:
+        return ("node", str(dist / place / f"{name}.js"))
+
+    return Language(
+        name="typescript",
+        folder=folder,
+        driver=program("conformance", "driver"),
+        recorder=program("conformance", "recorder"),
+        bench=program("conformance", "bench"),
+        samples={sample: program("samples", sample) for sample in ("watch", "farm", "tail")},
+        build=(("npm", "run", "--silent", "build"),),
+    )
+
+
 LANGUAGES: Final = (
     _python("python", "", ("watch", "farm", "tail")),
     _python("python-asyncio", "_aio", ()),
     _go(),
+    _typescript(),
 )
