@@ -9,8 +9,9 @@ import { errorOf, InternalError, InvalidArgumentError, UnavailableError } from "
 import { toJson } from "../src/json.js";
 import { encode, integer } from "../src/msgpack.js";
 import { Patience, Repeats } from "../src/patience.js";
-import { creation, decodeReply, readInfo } from "../src/protocol.js";
-import { Answer, Exchange, Lane } from "../src/session.js";
+import { audit, creation, decodeReply, readAuditPage, readInfo } from "../src/protocol.js";
+import { Answer, Exchange, Lane, Stream } from "../src/session.js";
+import * as wire from "./wire.js";
 
 const LANE = new Lane(Buffer.from("fake"), "default", 60_000);
 
@@ -19,6 +20,34 @@ function clockwork(ms: number): { patience: Patience; now: { ms: number } } {
   const sources = { clock: () => now.ms, chance: () => 0.5, entropy: (count: number) => Buffer.alloc(count, 7) };
   return { patience: new Patience(ms, sources), now };
 }
+
+describe("a stream", () => {
+  const part = (of: Parameters<typeof wire.outcome>[0]) => {
+    return Buffer.from(
+      encode(
+        wire.reply({ outcomes: [{ ok: undefined, error: undefined, progress: undefined, ...of }], error: undefined }),
+      ),
+    );
+  };
+
+  test("hands on its progress, which is no page", () => {
+    const heard: bigint[] = [];
+    const stream = new Stream(LANE, audit("", 1000, 8), readAuditPage, ({ entries }) => heard.push(entries));
+    assert(!stream.receive(part({ call: 0, progress: { entries: 5n, bytes: 0n } }), false));
+    assert.equal(stream.take(), undefined);
+    assert(stream.receive(part({ call: 0, ok: { looked: 7 } }), true));
+    assert.deepEqual([heard, stream.take()], [[5n], { findings: [], next: "", looked: 7 }]);
+  });
+
+  test("is given up where its progress fails", () => {
+    const stream = new Stream(LANE, audit("", 1000, 8), readAuditPage, () => {
+      throw new RangeError("enough");
+    });
+    stream.receive(part({ call: 0, progress: { entries: 5n, bytes: 0n } }), false);
+    assert(stream.forsaken);
+    assert.throws(() => stream.take(), RangeError);
+  });
+});
 
 describe("repeats", () => {
   test("come after pauses that double up to a second, until patience is over", () => {
