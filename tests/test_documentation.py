@@ -27,14 +27,18 @@ DOCUMENTS: Final = (
     *PAGES,
     "CHANGELOG.md",
     "clients/README.md",
+    "clients/go/README.md",
     "clients/python/README.md",
+    "clients/typescript/README.md",
     "clients/vectors/README.md",
     "docs/ARCHITECTURE.md",
     "docs/command.md",
     "docs/containerd.md",
+    "docs/reliability.md",
     "docs/rfc/README.md",
     "docs/rfc/1-request.md",
     "docs/rfc/2-events.md",
+    "docs/rfc/3-access.md",
     "tests/conformance/README.md",
 )
 FIGURES: Final = {"size_bytes", "map_bytes", "used_bytes", "retry_after_ms"}
