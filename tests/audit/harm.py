@@ -28,7 +28,8 @@ class Store:
 
     @contextlib.contextmanager
     def _transaction(self, database: bytes, *, write: bool = True) -> Iterator[Any]:
-        environment = lmdb.open(str(self._metadata), map_size=1 << 30, max_dbs=12)
+        # Nobody takes the power away: what is written is seen by others without a flush.
+        environment = lmdb.open(str(self._metadata), map_size=1 << 30, max_dbs=12, sync=False)
         try:
             found = environment.open_db(database)
             with environment.begin(write=write, db=found) as txn:

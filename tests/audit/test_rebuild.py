@@ -114,9 +114,6 @@ def test_committed_snapshots_come_back_from_the_ledger(daemon: Daemon, backend: 
             list(broker.events(since=seen, follow=False))
         assert broker.prepare("fresh", "top").fence > max(fence, seen)
         assert broker.why("layer").references == ("layer-one",)
-    daemon.restart()
-    audit_clean(daemon)
-    assert committed_of(daemon, backend) == committed
 
 
 @pytest.mark.parametrize("backend", ["overlayfs"], indirect=True)
@@ -138,8 +135,11 @@ def test_a_start_without_the_database_is_refused(
     assert "nothing tells what its directories are" in capsys.readouterr().err
     (daemon.root_of(backend) / "away").rename(daemon.root_of(backend) / NAME)
     command("rebuild", "--config", str(daemon.config_file), "--yes")
-    daemon.start()
-    assert committed_of(daemon, backend) == committed
+    for _ in range(2):
+        daemon.start()
+        audit_clean(daemon)
+        assert committed_of(daemon, backend) == committed
+        daemon.stop()
 
 
 @pytest.mark.parametrize("backend", ["overlayfs", "btrfs"], indirect=True)
