@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { chmodSync, mkdtempSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { after, describe, test } from "node:test";
+import { after, before, describe, test } from "node:test";
 
 import { curveKeyPair, Reply } from "zeromq";
 
@@ -141,23 +141,26 @@ describe("CURVE", () => {
   const path = keyFile("curve", client.publicKey, client.secretKey, server.publicKey);
   const mailbox = { name: "a", kind: "active" };
 
-  /** The list of who may connect, as a broker keeps it (RFC 27 of ZeroMQ). */
-  async function list(): Promise<Reply> {
-    const reply = new Reply({ linger: 0 });
-    await reply.bind("inproc://zeromq.zap.01");
+  /** The list of who may connect, as a broker keeps it (RFC 27 of ZeroMQ): one for all tests, for its address is
+   * one for the process, and is free again only a while after a close. */
+  const list = new Reply({ linger: 0 });
+  before(async () => {
+    await list.bind("inproc://zeromq.zap.01");
     void (async () => {
       try {
         for (;;) {
-          const [version, id, , , , , key] = (await reply.receive()) as Buffer[];
+          const [version, id, , , , , key] = (await list.receive()) as Buffer[];
           const known = key !== undefined && allowed.has(z85(key));
-          await reply.send([version ?? "", id ?? "", known ? "200" : "400", known ? "OK" : "no", "", ""]);
+          await list.send([version ?? "", id ?? "", known ? "200" : "400", known ? "OK" : "no", "", ""]);
         }
       } catch (error) {
-        if (!reply.closed) throw error;
+        if (!list.closed) throw error;
       }
     })();
-    return reply;
-  }
+  });
+  after(() => {
+    list.close();
+  });
 
   async function remote(): Promise<FakeBroker> {
     const options = { curveServer: true, curveSecretKey: server.secretKey, zapDomain: "global" };
@@ -170,31 +173,25 @@ describe("CURVE", () => {
   }
 
   test("lets in whom the broker knows, and tells the others why not", async () => {
-    const zap = await list();
-    try {
-      using fake = await remote();
-      assert.equal(((await statOf(fake.endpoint, { clientKey: path })) as { name: string }).name, "a");
+    using fake = await remote();
+    assert.equal(((await statOf(fake.endpoint, { clientKey: path })) as { name: string }).name, "a");
 
-      const stranger = curveKeyPair();
-      const strange = keyFile("stranger", stranger.publicKey, stranger.secretKey, server.publicKey);
-      const refused = await statOf(fake.endpoint, { clientKey: strange, connectTimeoutMs: 60_000 });
-      assert(refused instanceof UnauthenticatedError && !refused.inDoubt, String(refused));
-      assert.match(refused.message, /refused the key/);
+    const stranger = curveKeyPair();
+    const strange = keyFile("stranger", stranger.publicKey, stranger.secretKey, server.publicKey);
+    const refused = await statOf(fake.endpoint, { clientKey: strange, connectTimeoutMs: 60_000 });
+    assert(refused instanceof UnauthenticatedError && !refused.inDoubt, String(refused));
+    assert.match(refused.message, /refused the key/);
 
-      const bare = await statOf(fake.endpoint, { connectTimeoutMs: 60_000 });
-      assert(bare instanceof UnauthenticatedError, String(bare));
-      assert.match(bare.message, /needs a key.*SNAPBROKER_CLIENT_KEY/);
+    const bare = await statOf(fake.endpoint, { connectTimeoutMs: 60_000 });
+    assert(bare instanceof UnauthenticatedError, String(bare));
+    assert.match(bare.message, /needs a key.*SNAPBROKER_CLIENT_KEY/);
 
-      const wrongServer = await statOf(fake.endpoint, { clientKey: path, serverKey: stranger.publicKey });
-      assert(wrongServer instanceof UnauthenticatedError, String(wrongServer));
-      assert.match(wrongServer.message, /server key is not this broker's/);
-    } finally {
-      zap.close();
-    }
+    const wrongServer = await statOf(fake.endpoint, { clientKey: path, serverKey: stranger.publicKey });
+    assert(wrongServer instanceof UnauthenticatedError, String(wrongServer));
+    assert.match(wrongServer.message, /server key is not this broker's/);
   });
 
   test("a key that is given later works without another connect", async () => {
-    const zap = await list();
     allowed.delete(client.publicKey);
     try {
       using fake = await remote();
@@ -210,7 +207,6 @@ describe("CURVE", () => {
       }
     } finally {
       allowed.add(client.publicKey);
-      zap.close();
     }
   });
 
