@@ -8,13 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import anyio
 import msgspec
 import structlog
 
 from backends import failpoints
 from broker import config as configuration
-from broker import keys, logs, privileges
+from broker import keys, logs, loop, privileges
 from broker.access import ROLES
 from broker.commands import audit, backup, rebuild
 from broker.server import Finding, Server, examine, privileges_of, version
@@ -215,7 +214,7 @@ def serve(config: configuration.Config) -> int:
     privileges.keep(privileges_of(usable))
     server = Server(config, usable)
     privileges.rest()
-    anyio.run(server.run)
+    loop.run(server.run)
     return 0
 
 

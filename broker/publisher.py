@@ -79,9 +79,8 @@ class Publisher:
                 self.remote.send((topic, EVENT_VERSION, sequence, body))
         if not self._subscriptions:
             return
-        for position in range(0, len(frames), 3):
-            topic, sequence, body = frames[position : position + 3]
-            self.port.send((topic, EVENT_VERSION, sequence, body))
+        turns = (frames[position : position + 3] for position in range(0, len(frames), 3))
+        self.port.send_all((topic, EVENT_VERSION, sequence, body) for topic, sequence, body in turns)
         self._published += len(frames) // 3
 
     def started(self, snapshotter: str, newest: int) -> None:

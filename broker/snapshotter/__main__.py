@@ -12,7 +12,7 @@ import msgspec
 import structlog
 
 from backends import failpoints
-from broker import logs, privileges
+from broker import logs, loop, privileges
 from broker.actor.lineage import die_with_parent
 from broker.actor.link import Link
 from broker.actor.mailbox import Mailbox
@@ -42,7 +42,7 @@ def main() -> int:
     structlog.contextvars.bind_contextvars(snapshotter=setup.name)
     failed = False
     try:
-        anyio.run(serve, setup, line, sys.argv[3] != "0")
+        loop.run(serve, setup, line, sys.argv[3] != "0")
     except* (BrokerError, OSError) as group:
         log.error("the snapshotter cannot run", errors=[str(error) for error in group.exceptions])
         failed = True

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -71,6 +71,32 @@ class StoreLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """Where growing ends and writes get resource_exhausted."""
 
 
+class _Reading(AbstractContextManager["Transaction"]):
+    """The gate and a transaction behind it; a class, as a generator costs a stat two of its thirty microseconds."""
+
+    __slots__ = ("_environment", "_gate", "_txn")
+
+    def __init__(self, gate: threading.Lock, environment: lmdb.Environment) -> None:
+        self._gate = gate
+        self._environment = environment
+
+    def __enter__(self) -> Transaction:
+        self._gate.acquire()
+        try:
+            self._txn = self._environment.begin()
+        except BaseException:
+            self._gate.release()
+            raise
+        return self._txn
+
+    def __exit__(self, *_error: object) -> None:
+        # Nothing was written: there is nothing that an end by itself could not give back.
+        try:
+            self._txn.abort()
+        finally:
+            self._gate.release()
+
+
 class Environment:
     """An open environment and its named databases."""
 
@@ -113,11 +139,9 @@ class Environment:
                     "run the version that wrote it"
                 )
 
-    @contextmanager
-    def read(self) -> Iterator[Transaction]:
+    def read(self) -> AbstractContextManager[Transaction]:
         """A read transaction, to be closed within a page's work; from any thread."""
-        with self._gate, self._env.begin() as txn:
-            yield txn
+        return _Reading(self._gate, self._env)
 
     def write(self, work: Callable[[Transaction], T], *, frees: bool = False) -> T:
         """Run `work` in a write transaction and commit; repeat it in a larger map when this one is full.

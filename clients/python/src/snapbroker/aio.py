@@ -33,7 +33,7 @@ import anyio.lowlevel
 import msgspec
 import zmq
 
-from snapbroker import endpoints, protocol, session, sockets, subscriber
+from snapbroker import endpoints, messages, protocol, session, sockets, subscriber
 from snapbroker.contract import Event, Info, Mounts, Usage
 from snapbroker.errors import (
     BrokerError,
@@ -182,7 +182,7 @@ class _Connection:
         pursuit.request_id = self._number.to_bytes(8, "big")
         self._under_way[pursuit.request_id] = pursuit
         # A connection that broke is noticed before it is used, or its end would be taken for the end of this request.
-        if sockets.readable(self._monitor):
+        if messages.readable(self._monitor):
             self._look()
         if self._unsent or not self._send(pursuit, body):
             self._unsent.append(pursuit)
@@ -208,11 +208,11 @@ class _Connection:
             return False
         frames = (REQUEST_VERSION, pursuit.request_id, pursuit.target, body)
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
+            messages.send(self._socket, frames)
         except zmq.Again:
             return False
         pursuit.sent = True
-        if sockets.readable(self._socket):
+        if messages.readable(self._socket):
             self._loop.call_soon(self._drain)
         if pursuit.repeats is not None and isinstance(pursuit, Exchange) and (given_up := pursuit.given_up):
             self._take_back(pursuit, given_up)
@@ -227,13 +227,8 @@ class _Connection:
 
     def _drain(self) -> None:
         """Take every message that is there."""
-        receive = self._socket.recv_multipart
-        while not self.closed:
-            try:
-                frames = receive(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            self._take(frames)
+        while not self.closed and messages.readable(self._socket):
+            self._take(messages.receive(self._socket, messages.NOBLOCK))
         if self._unsent and not self.closed:
             self._send_unsent()
 
@@ -340,8 +335,8 @@ class _Connection:
         frames = (REQUEST_VERSION, self._number.to_bytes(8, "big"), pursuit.target, body)
         # Without a connection there is nobody to tell: the broker has lost the request with it.
         with suppress(zmq.Again):
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
-        if sockets.readable(self._socket):
+            messages.send(self._socket, frames)
+        if messages.readable(self._socket):
             self._loop.call_soon(self._drain)
 
     def _end(self, pursuit: Pursuit, error: BrokerError) -> None:
@@ -742,7 +737,7 @@ class Events:
         # The connection may have been closed while this task let others run: its socket is closed with it.
         self._connection.check_open()
         with suppress(zmq.Again):
-            frames = socket.recv_multipart(zmq.NOBLOCK)
+            frames = messages.receive(socket, messages.NOBLOCK)
             self._heard = time.monotonic()
             return tracker.feed(frames)
         # Since the last message, and not since this call: a program may poll more often than the silence is long.
@@ -750,7 +745,7 @@ class Events:
         with anyio.move_on_after(max(0.0, left)) as scope, suppress(anyio.ClosedResourceError):
             await anyio.wait_readable(sockets.descriptor(socket))
         # A process that was held up finds that the time is over, and what came meanwhile.
-        if scope.cancelled_caught and not socket.closed and not sockets.readable(socket):
+        if scope.cancelled_caught and not socket.closed and not messages.readable(socket):
             self._heard = time.monotonic()
             sockets.connect_anew(socket)
             tracker.doubt()

@@ -21,7 +21,7 @@ from typing import Final, Generic, Self, TypeVar
 
 import zmq
 
-from snapbroker import endpoints, protocol, session, sockets, subscriber
+from snapbroker import endpoints, messages, protocol, session, sockets, subscriber
 from snapbroker.contract import Event, Info, Mounts, Usage
 from snapbroker.errors import (
     BrokerError,
@@ -69,18 +69,18 @@ class _Channel:
         body = pursuit.encode()
         pursuit.request_id = next(self._numbers).to_bytes(8, "big")
         frames = (REQUEST_VERSION, pursuit.request_id, pursuit.target, body)
-        if not self._line.connected or sockets.readable(self._monitor):
+        if not self._line.connected or messages.readable(self._monitor):
             self._wait_for_connection(self._time_to_connect(pursuit))
         # Before it is: an interrupt may come between the sending and the noting of it.
         pursuit.sent = True
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
+            messages.send(self._socket, frames)
         except zmq.Again:
             within = self._time_to_connect(pursuit)
             if not self._socket.poll(_milliseconds(within), zmq.POLLOUT):
                 pursuit.sent = False
                 raise self._line.absent(within) from None
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
+            messages.send(self._socket, frames)
 
     def _time_to_connect(self, pursuit: Pursuit) -> float:
         within = min(self._connection.connect_timeout, pursuit.timeout)
@@ -116,7 +116,7 @@ class _Channel:
         left = pursuit.deadline - time.monotonic()
         self._receive_within(_SLICE_MS if left >= _SLICE_SECONDS else _milliseconds(max(left, 0)))
         try:
-            return self._socket.recv_multipart()
+            return messages.receive(self._socket)
         except zmq.Again:
             pass
         while True:
@@ -125,7 +125,7 @@ class _Channel:
             over = broke or left <= 0 or self._connection.closed
             self._receive_within(0 if over else min(_SLICE_MS, _milliseconds(left)))
             try:
-                return self._socket.recv_multipart()
+                return messages.receive(self._socket)
             except zmq.Again:
                 if broke:
                     raise Unavailable(sockets.vanished(self._endpoint)) from None
@@ -145,7 +145,7 @@ class _Channel:
         body = session.encode_cancel(pursuit.request_id, pursuit.namespace)
         # Without a connection there is nobody to tell: the broker has lost the request with it.
         with suppress(zmq.ZMQError):
-            self._socket.send_multipart((REQUEST_VERSION, number, pursuit.target, body), zmq.NOBLOCK)
+            messages.send(self._socket, (REQUEST_VERSION, number, pursuit.target, body))
 
     def close(self) -> None:
         """Close the socket and its monitor."""
@@ -603,7 +603,7 @@ class Events:
     def _receive(self, socket: sockets.Socket, deadline: float | None) -> Event | None:
         """The next published event if one comes; None after a message that is not it, and after silence."""
         with suppress(zmq.Again):
-            frames = socket.recv_multipart(zmq.NOBLOCK)
+            frames = messages.receive(socket, messages.NOBLOCK)
             self._heard = time.monotonic()
             return self._tracker.feed(frames)
         self._connection.check_open()

@@ -19,6 +19,7 @@ from typing import Final
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from snapbroker import messages
 from snapbroker.errors import BrokerError, InvalidArgument, Unauthenticated, Unavailable
 from snapbroker.keyfiles import CLIENT_KEY_VARIABLE, SERVER_KEY_VARIABLE, Curve
 from snapbroker.protocol import BODY_BYTES_MAX
@@ -47,7 +48,7 @@ _WATCHED: Final = (
 )
 _FRAME_BYTES_MAX: Final = BODY_BYTES_MAX + 4096
 
-Socket = zmq.Socket[bytes]
+Socket = messages.Socket
 
 
 class Sockets:
@@ -227,12 +228,8 @@ class Line:
     def learn(self) -> bool:
         """Take what the monitor has to tell; answers whether a connection broke since the last time."""
         broke = False
-        while True:
-            try:
-                frames = self._monitor.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return broke
-            told = parse_monitor_message(frames)
+        while messages.readable(self._monitor):
+            told = parse_monitor_message(messages.receive(self._monitor, messages.NOBLOCK))
             event = told["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.connected, self.refused, self._hung_up = True, None, False
@@ -248,6 +245,7 @@ class Line:
             elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 mismatch = told["value"] == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
                 self.refused = (mismatched if mismatch else mistaken)(self._endpoint, self._curve)
+        return broke
 
     def refusal(self) -> BrokerError | None:
         """Why there will be no connection by waiting; None where there may be one."""
@@ -266,13 +264,6 @@ class Line:
         if self._hung_up and self._endpoint.startswith(_TCP):
             return Unauthenticated((mistaken if self._curve is not None else mismatched)(self._endpoint, self._curve))
         return Unavailable(absent(self._endpoint, seconds))
-
-
-def readable(socket: Socket) -> bool:
-    """Whether a message can be taken without waiting."""
-    events = socket.get(zmq.EVENTS)
-    assert isinstance(events, int)  # noqa: S101 - the option's type, as ZeroMQ's manual has it
-    return bool(events & zmq.POLLIN)
 
 
 def descriptor(socket: Socket) -> int:
