@@ -30,8 +30,8 @@ class RouterLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Most bytes of bodies that one client has open at one snapshotter."""
     window_bytes: int = 64 * 1024
     """How much of a lone client a snapshotter has in its hands, the rest waits: a thousand calls, two group commits."""
-    window_shared_bytes: int = 4096
-    """The same while other clients call too: some fifty calls, two milliseconds of work that another one waits for."""
+    window_shared_bytes: int = 512
+    """The same while other clients call too: some four calls, a fifth of a millisecond that another one waits for."""
     send_queue_max: int = 10_000
     """Most messages waiting for one client that does not take them; beyond, its replies are dropped and counted."""
 

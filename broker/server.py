@@ -17,7 +17,7 @@ import structlog
 import zmq
 
 from backends import registry
-from broker import places, privileges
+from broker import loop, places, privileges
 from broker.access import Grant, local_grant
 from broker.actor.supervisor import Actor, Supervisor, figures
 from broker.audience import Audience
@@ -209,6 +209,7 @@ class Server:
         if not self._unsettled and not self._told_ready:
             self._told_ready = any(other.state == "ready" for other in self._supervisor.actors.values())
             if self._told_ready:
+                loop.settle()
                 notify("READY=1")
 
     def _own(self, body: bytes, grant: Grant | None, remote: bool) -> bytes:

@@ -21,8 +21,9 @@ Shreedhar and Varghese, 1995). With one client it is a plain queue.
 from __future__ import annotations
 
 import sys
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -292,6 +293,25 @@ class Admission:
         }
 
 
+class Mix:
+    """Whether several clients were about within the last second."""
+
+    def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
+        self._clock = clock
+        self._latest = b""
+        self._mixed = -ABOUT_NS
+
+    def see(self, line: bytes) -> None:
+        """A client does something."""
+        if line != self._latest:
+            self._latest, self._mixed = line, self._clock()
+
+    @property
+    def shared(self) -> bool:
+        """Whether one waits for others."""
+        return self._clock() - self._mixed < ABOUT_NS
+
+
 class _Line(Generic[T]):
     __slots__ = ("allowance", "items")
 
@@ -310,19 +330,21 @@ class FairQueue(Generic[T]):
         self._turn: deque[bytes] = deque()
         self._length = 0
 
-    def append(self, line: bytes, item: T, cost: int = 1) -> None:
-        """Put an item at the end of a client's line."""
+    def append(self, line: bytes, item: T, cost: int = 1, *, first: bool = False) -> None:
+        """Put an item at the end of a client's line, or before what else is in it."""
         found = self._lines.get(line)
         if found is None:
             found = self._lines[line] = _Line()
             self._turn.append(line)
-        found.items.append((item, cost))
+        (found.items.appendleft if first else found.items.append)((item, cost))
         self._length += 1
 
-    def take(self, budget: int) -> list[T]:
-        """Items up to a cost of `budget`, and always one if there is any."""
+    def take(self, budget: int, *, once: bool = False) -> list[T]:
+        """Items up to a cost of `budget`, and always one if there is any; with `once`, a turn of each line at most."""
         taken: list[T] = []
-        while self._turn and (budget > 0 or not taken):
+        turns = len(self._turn) if once else sys.maxsize
+        while self._turn and ((budget > 0 and turns > 0) or not taken):
+            turns -= 1
             line = self._lines[self._turn[0]]
             if line.allowance <= 0 or line.items[0][1] > line.allowance:
                 line.allowance += self._quantum

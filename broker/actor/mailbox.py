@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Final
 
 from broker.actor.link import Link
@@ -64,6 +65,10 @@ class Mailbox:
             self._on_grant(frames[1], frames[2])
         elif frames[0] == STOP:
             self._on_stop()
+
+    def together(self) -> AbstractContextManager[None]:
+        """What is sent inside leaves at the end, by one system call; not to be nested."""
+        return self._link.together()
 
     def reply(self, client: bytes, request_id: bytes, status: bytes, body: bytes) -> None:
         """Send one part of a reply."""

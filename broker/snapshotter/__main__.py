@@ -69,9 +69,14 @@ async def serve(setup: Setup, line: socket.socket, again: bool) -> None:
         mailbox.reply,
         mailbox.events,
         mailbox.aside,
+        mailbox.together,
         lambda backend: privileges.keep(kept_by(type(backend))),
         again=again,
     )
+
+    def ready() -> None:
+        loop.settle()
+        mailbox.ready(actor.report())
 
     async def report() -> None:
         while True:
@@ -81,7 +86,7 @@ async def serve(setup: Setup, line: socket.socket, again: bool) -> None:
     async with anyio.create_task_group() as tasks:
         mailbox.open()
         tasks.start_soon(report)
-        await actor.run(lambda: mailbox.ready(actor.report()))
+        await actor.run(ready)
         tasks.cancel_scope.cancel()
     await link.finish(LAST_WORDS_S)
 

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from snapbroker.protocol import ActorStatus, encode
 
 log = structlog.get_logger()
 
-SWITCH_INTERVAL_S = 0.0005
+SWITCH_INTERVAL_S = 0.0002
 """How long a thread may keep the interpreter from the loop: reads are answered while the writer computes."""
 
 
@@ -78,6 +79,7 @@ class SnapshotterActor:
         send: Send,
         publish: Callable[[list[tuple[str, int, bytes]]], None],
         aside: Callable[[bytes, bytes], None],
+        together: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         opened: Callable[[Backend], None] = lambda _backend: None,
         *,
         again: bool,
@@ -87,6 +89,7 @@ class SnapshotterActor:
         self._send = send
         self._publish = publish
         self._aside = aside
+        self._together = together
         self._stop = anyio.Event()
         limits = setup.limits
         root = Path(setup.root)
@@ -190,7 +193,7 @@ class SnapshotterActor:
                     audits,
                     self._aside,
                 )
-                self._deliver = thread_safe(service.deliver)
+                self._deliver = thread_safe(self._deliver_together)
                 tasks.start_soon(anyio.to_thread.run_sync, vital, "writer", self._writer.run)
                 tasks.start_soon(anyio.to_thread.run_sync, vital, "trash", self._trash.run)
                 self._ledger_thread.start()
@@ -223,6 +226,12 @@ class SnapshotterActor:
         self._environment.close()
         self._ground.close()
         os.close(self._lock)
+
+    def _deliver_together(self, delivery: Delivery) -> None:
+        """Every system call of the loop is a moment in which the writer takes the interpreter: one for all replies."""
+        if self.service is not None:
+            with self._together():
+                self.service.deliver(delivery)
 
     def _touched(self, id_: int) -> None:
         """A commit has touched an id: who looks at disk and records beside the writer must not judge it."""

@@ -1,4 +1,4 @@
-"""What waits for the writer: a line for each client, served in turn, and before them all what comes back from work.
+"""What waits for the writer: a line for each client, served in turn, and before them all what the actor itself wants.
 
 With one client about a turn takes what is there. With several it is short, since whoever comes in the middle of it
 waits for its end: the flood of one fills the turns that the others leave, and makes them no longer.
@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
-from broker.actor.fairness import ABOUT_NS, FairQueue
+from broker.actor.fairness import FairQueue, Mix
 from snapbroker.errors import ResourceExhausted
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class Limits(Protocol):
     @property
     def turn_shared_max(self) -> int: ...  # noqa: D102
     @property
+    def turn_part_max(self) -> int: ...  # noqa: D102
+    @property
     def waiting_max(self) -> int: ...  # noqa: D102
 
 
@@ -46,52 +48,58 @@ class Inbox(Generic[E]):
 
     def __init__(self, limits: Limits, clock: Callable[[], int] = time.monotonic_ns) -> None:
         self._limits = limits
-        self._clock = clock
-        self._arrived: queue.SimpleQueue[tuple[bytes, Any]] = queue.SimpleQueue()
-        self._first: deque[Operation | E] = deque()
-        self._lines: FairQueue[Operation] = FairQueue()
+        self._mix = Mix(clock)
+        self._arrived: queue.SimpleQueue[tuple[bytes, Any, bool]] = queue.SimpleQueue()
+        """Whose it is, operations or what the actor queues for itself, and whether they come back."""
+        self._first: deque[E] = deque()
+        self._lines: FairQueue[Operation] = FairQueue(limits.turn_part_max)
         self._lock = threading.Lock()
         self._counts: dict[bytes, int] = {}
         self._waiting = 0
-        self._latest = _FIRST
-        self._mixed = -ABOUT_NS
         self._stopped = False
 
-    def submit(self, client: bytes, operations: Sequence[Operation]) -> None:
+    def submit(self, client: bytes, operations: Sequence[Operation], *, more: bool = False) -> None:
         """Queue a client's operations in their order; ResourceExhausted when it has too many waiting, and then none is.
 
-        Where all together have too many, too many is more than its part.
+        Where all together have too many, too many is more than its part. `more`: of a request that was let in.
         """
         with self._lock:
             own = self._counts.get(client, 0)
-            if self._waiting > (most := self._limits.waiting_max) and own > most // len(self._counts):
+            most = self._limits.waiting_max
+            if not more and self._waiting > most and own > most // len(self._counts):
                 raise ResourceExhausted(
                     f"{own} operations of this client wait, and {self._waiting} of all, more than waiting_max={most}",
                     {"retry_after_ms": RETRY_MS, "position": own},
                 )
             self._counts[client] = own + len(operations)
             self._waiting += len(operations)
-        if client != self._latest:
-            self._latest, self._mixed = client, self._clock()
-        self._arrived.put((client, operations))
+        self._mix.see(client)
+        self._arrived.put((client, operations, False))
 
-    def first(self, item: Operation | E) -> None:
+    def first(self, item: E) -> None:
         """Queue something that goes before what clients have waiting."""
-        self._arrived.put((_FIRST, item))
+        self._arrived.put((_FIRST, item, False))
+
+    def again(self, operation: Operation) -> None:
+        """Queue an operation that comes back from work: it goes before what else its client has waiting."""
+        with self._lock:
+            self._counts[operation.line] = self._counts.get(operation.line, 0) + 1
+            self._waiting += 1
+        self._arrived.put((operation.line, (operation,), True))
 
     def stop(self) -> None:
         """Let `take` tell, once everything before is taken, that nothing more is to come."""
-        self._arrived.put((_FIRST, _STOP))
+        self._arrived.put((_FIRST, _STOP, False))
 
     def take(self) -> list[Operation | E]:
         """What goes into a turn; waits for something, but for no more than the stop."""
         self._sort(block=not self._lines and not self._first)
         most = self._limits.turn_max
         batch: list[Operation | E] = [self._first.popleft() for _ in range(min(most, len(self._first)))]
-        if self._clock() - self._mixed < ABOUT_NS:
+        if shared := self._mix.shared:
             most = min(most, self._limits.turn_shared_max)
         if self._lines:
-            taken = self._lines.take(max(1, most - len(batch)))
+            taken = self._lines.take(max(1, most - len(batch)), once=shared)
             batch += taken
             self._count(taken)
         return batch
@@ -111,11 +119,11 @@ class Inbox(Generic[E]):
         arrived = self._arrived
         try:
             while True:
-                client, what = arrived.get(block)
+                client, what, again = arrived.get(block)
                 block = False
                 if client != _FIRST:
                     for item in what:
-                        self._lines.append(client, item, len(item.calls))
+                        self._lines.append(client, item, len(item.calls), first=again)
                 elif what is _STOP:
                     self._stopped = True
                 else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -18,7 +18,7 @@ import structlog
 
 from backends.api import Task
 from backends.failpoints import reach
-from broker.actor.fairness import FairQueue
+from broker.actor.fairness import FairQueue, Mix
 from broker.snapshotter.errors import error_of_system
 from snapbroker.errors import BrokerError, Unavailable
 
@@ -31,6 +31,8 @@ log = structlog.get_logger()
 
 BATCH: Final = 128
 """Directories made for one flush: about ten milliseconds of work."""
+BATCH_SHARED: Final = 32
+"""The same while several clients call: a flush of theirs waits for no more of the disk than this."""
 
 
 class PoolLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -45,7 +47,9 @@ class PoolLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 KEPT: Final = 16
-"""Directories, a quarter of the aim at most, that a client whose calls wait already leaves for the others."""
+"""Directories, a quarter of the aim at most, that a client leaves for the others when its calls wait already."""
+PART: Final = 4
+"""How many of them it may have before it waits, of a batch."""
 BROKEN: Final = (errno.EIO, errno.EROFS)
 """What a disk answers that is not to be written on any more, whatever it still shows."""
 RETRY_S: Final = 1.0
@@ -79,6 +83,9 @@ class Pool:
         self._ready: deque[int] = deque()
         self._making: tuple[int, ...] = ()
         self._parked: FairQueue[Waiter] = FairQueue(quantum=1)
+        self._mix = Mix()
+        self._had: Counter[bytes] = Counter()
+        """How many each client took since the last batch."""
         self._ended = False
         self._aim = limits.pool_min
         self._wake = threading.Event()
@@ -94,9 +101,13 @@ class Pool:
 
     def take(self, line: bytes) -> int | None:
         """A ready directory's id, or None when there is none at the moment, or this client waits for some already."""
+        self._mix.see(line)
         with self._lock:
             if not self._ready or self._broken or self._parked.waiting(line):
                 return None
+            if self._mix.shared and len(self._ready) <= KEPT and self._had[line] >= PART:
+                return None
+            self._had[line] += 1
             id_ = self._ready.popleft()
         self._taken += 1
         if len(self._ready) * 2 < self._aim:
@@ -126,7 +137,7 @@ class Pool:
             self._rounds += 1
             self._stocking = True
             try:
-                ids = self._ids.take_many(min(missing, BATCH))
+                ids = self._ids.take_many(min(missing, BATCH_SHARED if self._mix.shared else BATCH))
                 self._making = tuple(ids)
                 reach("pool.taken")
                 self._stocker.stock(ids, self._task)
@@ -155,6 +166,7 @@ class Pool:
         self._broken = False
         with self._lock:
             self._ready.extend(ids)
+            self._had.clear()
             free = max(1, len(self._ready) - min(KEPT, self._aim // 4))
             served = [(waiter, self._ready.popleft()) for waiter in self._parked.take(free)] if self._parked else []
             self._making = tuple(id_ for _, id_ in served)

@@ -8,6 +8,7 @@ who happened to be in the same request.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -78,8 +79,10 @@ log = structlog.get_logger()
 
 PART_BYTES_MAX: Final = 4 * 1024 * 1024
 """Outcomes gathered before a part is sent."""
-WAY_CALLS: Final = 64
-"""After so many calls, half a millisecond's, the writer has the interpreter if it needs it."""
+WAY_READS: Final = 16
+"""After so many calls that were answered at once, a quarter of a millisecond, the writer has the interpreter."""
+SLICE_CALLS: Final = 32
+"""Calls of one request that are looked at before the loop gets a turn, a fifth of a millisecond."""
 _WRITES: Final = frozenset((Prepare, View, Commit, Remove, Update))
 _MILLISECOND: Final = 1_000_000
 NOTHING: Final[Mapping[int, BrokerError]] = {}
@@ -126,6 +129,7 @@ class Ticket:
         "request_id",
         "scopes",
         "service",
+        "unread",
     )
 
     def __init__(self, service: Service, client: bytes, request_id: bytes, missing: int) -> None:
@@ -141,6 +145,8 @@ class Ticket:
         self.request: Request | None = None
         self.ended: dict[int, BrokerError] = {}
         self.aside = False
+        self.unread: dict[int, Any] = {}
+        """Calls that were not looked at yet, by number."""
         self.operations: list[Operation] = []
         self.scopes: dict[int, anyio.CancelScope] = {}
 
@@ -197,6 +203,9 @@ class Ticket:
 
     def cancel(self, calls: tuple[int, ...] = ()) -> None:
         """Take back what is not done yet; with `calls`, of these numbers only."""
+        for number in [number for number in self.unread if not calls or number in calls]:
+            del self.unread[number]
+            self.settle(number, Cancelled("the call was taken back before it began"))
         for operation in self.operations:
             numbers = range(operation.first, operation.first + len(operation.calls))
             if not calls or any(number in numbers for number in calls):
@@ -255,7 +264,7 @@ class Service:
         self._requests = 0
         self._calls = 0
         self._denials = Denials("a call was refused")
-        self._give_way_at = WAY_CALLS
+        self._reads = 0
 
     # In.
 
@@ -336,10 +345,6 @@ class Service:
     def _accept(
         self, ticket: Ticket, request: Request, arrival: int, refused: Mapping[int, BrokerError] = NOTHING
     ) -> None:
-        self._calls += len(request.calls)
-        if self._calls >= self._give_way_at:
-            self._writer.give_way()
-            self._give_way_at = self._calls + WAY_CALLS
         deadline = self._deadline(request, arrival)
         self._open[ticket.client, ticket.request_id] = ticket
         for index, error in refused.items():
@@ -347,18 +352,41 @@ class Service:
         if request.atomic and len(request.calls) > 1 and not refused:
             self._accept_atomic(ticket, request, deadline)
             return
-        calls: Iterable[tuple[int, Any]] = enumerate(request.calls)
-        if refused:
-            calls = [(index, call) for index, call in calls if index not in refused]
+        ticket.unread = {index: call for index, call in enumerate(request.calls) if index not in refused}
+        self._read(ticket, request, deadline)
+
+    def _read(self, ticket: Ticket, request: Request, deadline: int) -> None:
+        """Look at the next calls of a request; the loop has a turn before those that are left."""
+        if ticket.closed:
+            return
+        unread = ticket.unread
+        if len(unread) <= SLICE_CALLS:
+            calls, ticket.unread = unread, {}
+        else:
+            calls = {index: unread.pop(index) for index in list(itertools.islice(unread, SLICE_CALLS))}
         operations: list[Operation] = []
-        self._answer_reads(ticket, request, calls, deadline, operations)
+        self._answer_reads(ticket, request, calls.items(), deadline, operations)
+        self._calls += len(calls)
+        self._reads += len(calls) - len(operations)
+        if self._reads >= WAY_READS:
+            self._writer.give_way()
+            self._reads = 0
         if operations:
-            ticket.operations = operations
-            self._writer.submit(operations)
-            if ticket.outcomes:
-                ticket.flush()
+            self._submit(ticket, operations)
+        if ticket.unread:
+            self._loop.call_soon(self._read, ticket, request, deadline)
         elif ticket.outcomes:
             ticket.flush()
+
+    def _submit(self, ticket: Ticket, operations: list[Operation]) -> None:
+        try:
+            self._writer.submit(operations, more=bool(ticket.operations))
+        except BrokerError as error:
+            # What was read is read: the writes alone are refused.
+            for operation in operations:
+                ticket.settle(operation.first, error)
+        else:
+            ticket.operations += operations
 
     def _deadline(self, request: Request, arrival: int) -> int:
         timeout = request.timeout_ms or self._limits.timeout_default_ms
@@ -377,6 +405,7 @@ class Service:
                 )
         token = _token_of(request)
         operation = Operation(ticket, request.namespace, request.calls, 0, deadline, token, ticket.client)
+        self._calls += len(request.calls)
         ticket.operations = [operation]
         self._writer.submit(ticket.operations)
 

@@ -68,6 +68,8 @@ class WriterLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Most calls in one transaction: bounds the time to its flush."""
     turn_shared_max: int = 64
     """The same while several clients write: bounds the time that one waits for the others."""
+    turn_part_max: int = 16
+    """Most of them that are one client's, however many of its calls wait."""
     waiting_max: int = 16_384
     """Most operations that wait for a turn; beyond, calls of whoever has more than its part get resource_exhausted."""
     workers: int = 0
@@ -88,8 +90,8 @@ DECIDED: Final = frozenset(
     error.code for error in (NotFound, AlreadyExists, FailedPrecondition, InvalidArgument, Unimplemented)
 )
 """Errors that are an answer; the others say that there is none yet."""
-WAY_S: Final = 0.002
-"""Longest that `give_way` lasts: about a turn's work of a few dozen calls."""
+WAY_S: Final = 0.0005
+"""Longest that `give_way` lasts: what a loop that is never idle takes of the interpreter before it gives way again."""
 Deliver = Callable[[Delivery], None]
 Clock = Callable[[], int]
 
@@ -143,10 +145,13 @@ class Writer:
 
     # In.
 
-    def submit(self, operations: list[Operation]) -> None:
-        """Queue a client's operations in their order; ResourceExhausted when too many wait, and then none is."""
+    def submit(self, operations: list[Operation], *, more: bool = False) -> None:
+        """Queue a client's operations in their order; ResourceExhausted when too many wait, and then none is.
+
+        `more`: of a request that was let in.
+        """
         self._rests.clear()
-        self._inbox.submit(operations[0].line, operations)
+        self._inbox.submit(operations[0].line, operations, more=more)
 
     def errand(self, errand: Errand) -> None:
         """Queue work of the actor itself."""
@@ -238,13 +243,15 @@ class Writer:
         self._fresh_holds.clear()
         reach("writer.settled")
         for operation, needs in draft.needs:
-            self._dispatch(operation, needs)
+            if (refusal := self._dispatch(operation, needs)) is not None:
+                draft.results.append((operation, [refusal]))
+                draft.failed.append(operation)
         for operation, _ in draft.results:
             self._let_go(operation)
         for after in draft.after:
             self._after(after)
         reach("writer.cleared")
-        self._deliver(Delivery(draft.results, draft.turn.entries, [operation for operation, _ in draft.needs]))
+        self._deliver(Delivery(draft.results, draft.turn.entries, draft.aside()))
         reach("writer.delivered")
         for errand in draft.errands:
             errand.done(None)
@@ -386,17 +393,15 @@ class Writer:
 
     # Beside the transactions.
 
-    def _dispatch(self, operation: Operation, needs: list[tuple[int, Need]]) -> None:
+    def _dispatch(self, operation: Operation, needs: list[tuple[int, Need]]) -> BrokerError | None:
+        """Hand an operation to who works for it; answers why that cannot be."""
         own, free = self._working_of[operation.line], self._limits.working_max - len(self._working)
         if operation not in self._working and own >= free:
-            error = ResourceExhausted(
+            return ResourceExhausted(
                 f"{own} calls of this client are in the backend's hands, and {len(self._working)} of all: "
                 f"working_max={self._limits.working_max}, and one client has no more than is free",
                 {"retry_after_ms": 50, "position": own},
             )
-            self._deliver(Delivery([(operation, [error])], []))
-            self._undo(operation)
-            return
         if operation.task is None:
             operation.task = Task()
         if operation not in self._working:
@@ -406,17 +411,18 @@ class Writer:
         for index, need in needs:
             if need.labour is Labour.STOCK and self._pool is not None:
                 self._pool.park(operation.line, partial(self._stocked, operation, index, need))
-                return
+                return None
             if need.labour is Labour.CREATE and self._crew is not None:
                 check, done = partial(_check_begins, operation), partial(self._created, operation, index, need)
                 self._crew.submit(Order(need.snapshot, operation.task, check, done, operation.line))
-                return
+                return None
         try:
             self._workers.submit(operation.line, partial(self._labour, operation, needs))
         except RuntimeError as error:
             # No thread to be had (pids limit); what is queued goes to the workers there are, later calls may succeed.
             operation.failure = ResourceExhausted(f"no worker can be started: {error}", {"retry_after_ms": 100})
-            self._inbox.first(operation)
+            self._inbox.again(operation)
+        return None
 
     def _stocked(self, operation: Operation, index: int, need: Need, got: int | BrokerError) -> None:
         """The pool made a directory for a call, or could not; queue the operation again."""
@@ -425,7 +431,7 @@ class Writer:
         else:
             operation.failure, operation.failed = got, index
         reach("writer.made")
-        self._inbox.first(operation)
+        self._inbox.again(operation)
 
     def _created(self, operation: Operation, index: int, need: Need, failure: Exception | None) -> None:
         """The crew made a snapshot for a call, or could not; queue the operation again."""
@@ -434,7 +440,7 @@ class Writer:
         else:
             operation.failure, operation.failed = error_of(failure, need.labour.value), index
         reach("writer.made")
-        self._inbox.first(operation)
+        self._inbox.again(operation)
 
     def _labour(self, operation: Operation, needs: list[tuple[int, Need]]) -> None:
         """Do what a call needs, in a worker's thread, and queue the operation again."""
@@ -447,7 +453,7 @@ class Writer:
             except Exception as error:
                 operation.failure, operation.failed = error_of(error, need.labour.value), index
         reach("writer.made")
-        self._inbox.first(operation)
+        self._inbox.again(operation)
 
     def _create(self, need: Need, task: Task) -> Made:
         self._backend.create(need.snapshot, task)
@@ -532,6 +538,10 @@ class _Draft:
         self.after: list[Callable[[], None]] = []
         self.errands: list[Errand] = []
         self.failed: list[Operation] = []
+
+    def aside(self) -> list[Operation]:
+        """What goes on beside the turns; a wait for stock is none, or who floods would only wait for more of it."""
+        return [operation for operation, needs in self.needs if needs[0][1].labour is not Labour.STOCK]
 
 
 def _check_deadline(operation: Operation, monotonic: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import resource
 from collections.abc import Callable
 
@@ -29,8 +31,8 @@ def test_an_actor_without_descriptors(start_daemon: StartDaemon) -> None:
         broker.commit("base", "making")
         pid = pid_of(daemon, "native")
         most = resource.prlimit(pid, resource.RLIMIT_NOFILE)[0]
-        highest = max(file.fd for file in psutil.Process(pid).open_files()) if psutil.Process(pid).open_files() else 0
-        limit(pid, min(highest, psutil.Process(pid).num_fds()))
+        used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+        limit(pid, next(number for number in itertools.count() if number not in used))
         with pytest.raises(ResourceExhausted) as caught:
             broker.prepare("new", "base")
         assert caught.value.details["errno"] in (23, 24)

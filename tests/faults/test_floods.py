@@ -11,6 +11,7 @@ from typing import Any, Final, Self
 import pytest
 import zmq
 
+from broker.config import RouterLimits
 from snapbroker.errors import ResourceExhausted
 from snapbroker.protocol import (
     DONE,
@@ -126,7 +127,7 @@ def test_the_flood_waits_in_the_router_and_not_before_the_others(flooded: Daemon
         def waits() -> bool:
             broker.stat("known")
             mailbox = flooded.status().queues["mailbox.overlayfs"]
-            return mailbox["window"] == 4096 and mailbox["waiting"] > FLOOD // 2
+            return mailbox["window"] == RouterLimits().window_shared_bytes and mailbox["waiting"] > FLOOD // 2
 
         wait_until(waits, "a narrow window")
 
