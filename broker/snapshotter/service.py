@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -265,6 +265,8 @@ class Service:
         self._calls = 0
         self._denials = Denials("a call was refused")
         self._reads = 0
+        self._steps: dict[bytes, deque[tuple[Ticket, Callable[[], bool]]]] = {}
+        """By client, what is to be looked at in the next turns of the loop."""
 
     # In.
 
@@ -353,12 +355,34 @@ class Service:
             self._accept_atomic(ticket, request, deadline)
             return
         ticket.unread = {index: call for index, call in enumerate(request.calls) if index not in refused}
-        self._read(ticket, request, deadline)
+        self._in_order(ticket, lambda: self._read(ticket, request, deadline))
 
-    def _read(self, ticket: Ticket, request: Request, deadline: int) -> None:
-        """Look at the next calls of a request; the loop has a turn before those that are left."""
-        if ticket.closed:
-            return
+    def _in_order(self, ticket: Ticket, step: Callable[[], bool]) -> None:
+        """Take a step of a request, behind those of its client before it; again until it says that none is left."""
+        steps = self._steps.get(ticket.client)
+        if steps is not None:
+            steps.append((ticket, step))
+        elif step():
+            self._steps[ticket.client] = deque([(ticket, step)])
+            self._loop.call_soon(self._next_step, ticket.client)
+
+    def _next_step(self, client: bytes) -> None:
+        steps = self._steps[client]
+        ticket, step = steps[0]
+        try:
+            more = not ticket.closed and step()
+        except Exception as error:
+            self._refuse(client, ticket.request_id, error_of(error, "the request"))
+            more = False
+        if not more:
+            steps.popleft()
+        if steps:
+            self._loop.call_soon(self._next_step, client)
+        else:
+            del self._steps[client]
+
+    def _read(self, ticket: Ticket, request: Request, deadline: int) -> bool:
+        """Look at the next calls of a request; whether there are more, before which the loop has a turn."""
         unread = ticket.unread
         if len(unread) <= SLICE_CALLS:
             calls, ticket.unread = unread, {}
@@ -374,9 +398,10 @@ class Service:
         if operations:
             self._submit(ticket, operations)
         if ticket.unread:
-            self._loop.call_soon(self._read, ticket, request, deadline)
-        elif ticket.outcomes:
+            return True
+        if ticket.outcomes:
             ticket.flush()
+        return False
 
     def _submit(self, ticket: Ticket, operations: list[Operation]) -> None:
         try:
@@ -407,7 +432,12 @@ class Service:
         operation = Operation(ticket, request.namespace, request.calls, 0, deadline, token, ticket.client)
         self._calls += len(request.calls)
         ticket.operations = [operation]
-        self._writer.submit(ticket.operations)
+
+        def submit() -> bool:
+            self._writer.submit(ticket.operations)
+            return False
+
+        self._in_order(ticket, submit)
 
     def _answer_reads(
         self,
