@@ -44,7 +44,7 @@ from snapbroker.protocol import ActorStatus, encode
 
 log = structlog.get_logger()
 
-SWITCH_INTERVAL_S = 0.0002
+SWITCH_INTERVAL_S = 0.0005
 """How long a thread may keep the interpreter from the loop: reads are answered while the writer computes."""
 
 

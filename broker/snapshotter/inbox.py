@@ -96,7 +96,7 @@ class Inbox(Generic[E]):
         self._sort(block=not self._lines and not self._first)
         most = self._limits.turn_max
         batch: list[Operation | E] = [self._first.popleft() for _ in range(min(most, len(self._first)))]
-        if shared := self._mix.shared:
+        if shared := self.shared:
             most = min(most, self._limits.turn_shared_max)
         if self._lines:
             taken = self._lines.take(max(1, most - len(batch)), once=shared)
@@ -135,6 +135,11 @@ class Inbox(Generic[E]):
     def stopped(self) -> bool:
         """Whether the stop was reached and nothing waits."""
         return self._stopped and not self._first and not self._lines and self._arrived.empty()
+
+    @property
+    def shared(self) -> bool:
+        """Whether several clients wrote within the last second."""
+        return self._mix.shared
 
     def statistics(self) -> dict[str, int]:
         """For `status`."""

@@ -8,7 +8,6 @@ who happened to be in the same request.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
@@ -79,10 +78,10 @@ log = structlog.get_logger()
 
 PART_BYTES_MAX: Final = 4 * 1024 * 1024
 """Outcomes gathered before a part is sent."""
-WAY_READS: Final = 16
-"""After so many calls that were answered at once, a quarter of a millisecond, the writer has the interpreter."""
 SLICE_CALLS: Final = 32
 """Calls of one request that are looked at before the loop gets a turn, a fifth of a millisecond."""
+SLICE_WRITES: Final = 4
+"""So many writes, which are only queued, count as one: those of a request belong in one transaction."""
 _WRITES: Final = frozenset((Prepare, View, Commit, Remove, Update))
 _MILLISECOND: Final = 1_000_000
 NOTHING: Final[Mapping[int, BrokerError]] = {}
@@ -264,7 +263,6 @@ class Service:
         self._requests = 0
         self._calls = 0
         self._denials = Denials("a call was refused")
-        self._reads = 0
         self._steps: dict[bytes, deque[tuple[Ticket, Callable[[], bool]]]] = {}
         """By client, what is to be looked at in the next turns of the loop."""
 
@@ -383,18 +381,16 @@ class Service:
 
     def _read(self, ticket: Ticket, request: Request, deadline: int) -> bool:
         """Look at the next calls of a request; whether there are more, before which the loop has a turn."""
+        self._writer.give_way()
         unread = ticket.unread
         if len(unread) <= SLICE_CALLS:
             calls, ticket.unread = unread, {}
         else:
-            calls = {index: unread.pop(index) for index in list(itertools.islice(unread, SLICE_CALLS))}
+            calls = {index: unread.pop(index) for index in _slice(unread)}
         operations: list[Operation] = []
         self._answer_reads(ticket, request, calls.items(), deadline, operations)
         self._calls += len(calls)
-        self._reads += len(calls) - len(operations)
-        if self._reads >= WAY_READS:
-            self._writer.give_way()
-            self._reads = 0
+        self._writer.charge(len(calls) - len(operations), len(operations))
         if operations:
             self._submit(ticket, operations)
         if ticket.unread:
@@ -781,6 +777,18 @@ class Service:
                 "denied": self._denials.count,
             }
         }
+
+
+def _slice(calls: Mapping[int, Any]) -> list[int]:
+    """The numbers of the first calls that are a slice together."""
+    weight = 0
+    numbers = []
+    for number, call in calls.items():
+        weight += 1 if type(call) in _WRITES else SLICE_WRITES
+        if weight > SLICE_CALLS * SLICE_WRITES:
+            break
+        numbers.append(number)
+    return numbers
 
 
 def _token_of(request: Request) -> Token | None:

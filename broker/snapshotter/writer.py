@@ -90,8 +90,14 @@ DECIDED: Final = frozenset(
     error.code for error in (NotFound, AlreadyExists, FailedPrecondition, InvalidArgument, Unimplemented)
 )
 """Errors that are an answer; the others say that there is none yet."""
-WAY_S: Final = 0.0005
-"""Longest that `give_way` lasts: what a loop that is never idle takes of the interpreter before it gives way again."""
+WAY_S: Final = 0.002
+"""Longest that `give_way` lasts: about a turn's work of a few dozen calls."""
+WAY_SHARED_S: Final = 0.0005
+"""The same while several clients write: the others' reads wait for it."""
+WAY_AT: Final = 64
+"""What the loop takes before it gives way: a write queued is 1, half a millisecond is all; see `READ_WEIGHT`."""
+READ_WEIGHT: Final = 4
+"""What a read answered takes of `WAY_AT`."""
 Deliver = Callable[[Delivery], None]
 Clock = Callable[[], int]
 
@@ -134,6 +140,7 @@ class Writer:
         self._working_of: Counter[bytes] = Counter()
         self._fresh_holds: list[tuple[Operation, Need]] = []
         self._at_work = False
+        self._charged = 0
         self._turns = 0
         self._operations = 0
         self._largest = 0
@@ -157,14 +164,21 @@ class Writer:
         """Queue work of the actor itself."""
         self._inbox.first(errand)
 
+    def charge(self, reads: int, writes: int) -> None:
+        """Note what the loop has taken of the interpreter, for `give_way`."""
+        # A client alone gains by giving way; with others about, a flood of writes would stop the loop all the time.
+        self._charged += reads * READ_WEIGHT + (0 if self._inbox.shared else writes)
+
     def give_way(self) -> None:
-        """Leave the interpreter to the thread while it computes, for a moment at most.
+        """Leave the interpreter to the thread while it computes, for a moment at most, if the loop has taken its part.
 
         A thread that computes here takes it back at every look into the database, twenty times a call, each time
         half a millisecond later: beside a loop that is never idle a prepare would take the better part of a second.
         """
-        if not self._rests.is_set():
-            self._rests.wait(WAY_S)
+        if self._charged >= WAY_AT:
+            self._charged = 0
+            if not self._rests.is_set():
+                self._rests.wait(WAY_SHARED_S if self._inbox.shared else WAY_S)
 
     def submit_work(self, work: Callable[[], None], line: bytes = b"") -> None:
         """Let a worker run `work`, which must not raise; `line` is whose it is."""
