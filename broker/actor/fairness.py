@@ -304,7 +304,9 @@ class Mix:
     def see(self, line: bytes) -> None:
         """A client does something."""
         if line != self._latest:
-            self._latest, self._mixed = line, self._clock()
+            if self._latest:
+                self._mixed = self._clock()
+            self._latest = line
 
     @property
     def shared(self) -> bool:

@@ -149,6 +149,11 @@ class Ticket:
         self.operations: list[Operation] = []
         self.scopes: dict[int, anyio.CancelScope] = {}
 
+    @property
+    def takes_back(self) -> bool:
+        """Whether it begins with a Cancel, which does not wait behind what it takes back."""
+        return type(self.unread.get(0)) is Cancel
+
     def settle(self, index: int, result: Result) -> None:
         """Take an outcome; `flush` sends it."""
         if isinstance(result, bytes):
@@ -358,11 +363,12 @@ class Service:
     def _in_order(self, ticket: Ticket, step: Callable[[], bool]) -> None:
         """Take a step of a request, behind those of its client before it; again until it says that none is left."""
         steps = self._steps.get(ticket.client)
-        if steps is not None:
+        if steps is not None and not ticket.takes_back:
             steps.append((ticket, step))
         elif step():
-            self._steps[ticket.client] = deque([(ticket, step)])
-            self._loop.call_soon(self._next_step, ticket.client)
+            if steps is None:
+                self._loop.call_soon(self._next_step, ticket.client)
+            self._steps.setdefault(ticket.client, deque()).append((ticket, step))
 
     def _next_step(self, client: bytes) -> None:
         steps = self._steps[client]

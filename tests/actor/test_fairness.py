@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.actor.fairness import ABOUT_NS, PACE_NS, REQUEST_BYTES, RETRY_MS_MAX, Admission, FairQueue, Pace
+from broker.actor.fairness import ABOUT_NS, PACE_NS, REQUEST_BYTES, RETRY_MS_MAX, Admission, FairQueue, Mix, Pace
 from snapbroker.errors import InvalidArgument, ResourceExhausted
 
 MS = 1_000_000
@@ -168,6 +168,23 @@ class TestPace:
         assert pace.gap(3_600_001 * MS) <= 2 * MS
 
 
+class TestMix:
+    def test_two_who_take_turns_are_several_for_a_second(self) -> None:
+        now = 0
+        mix = Mix(lambda: now)
+        assert not mix.shared
+        mix.see(b"a")
+        now += ABOUT_NS
+        mix.see(b"a")
+        assert not mix.shared
+        mix.see(b"b")
+        assert mix.shared
+        now += ABOUT_NS - 1
+        assert mix.shared
+        now += 1
+        assert not mix.shared
+
+
 class TestFairQueue:
     def test_one_who_floods_is_served_in_turn_with_the_others(self) -> None:
         queue: FairQueue[str] = FairQueue(quantum=2)
@@ -178,6 +195,23 @@ class TestFairQueue:
         assert queue.take(6) == ["flood-0", "flood-1", "good-0", "good-1", "flood-2", "flood-3"]
         assert len(queue) == 996
         assert queue.waiting(b"flood") == 996
+
+    def test_with_once_a_flood_is_no_more_than_a_turn_of_its_line(self) -> None:
+        queue: FairQueue[str] = FairQueue(quantum=2)
+        for number in range(1000):
+            queue.append(b"flood", f"flood-{number}")
+        queue.append(b"good", "good-0")
+        assert queue.take(100, once=True) == ["flood-0", "flood-1", "good-0"]
+        assert queue.take(100, once=True) == ["flood-2", "flood-3"]
+        queue.append(b"flood", "large", 50, first=True)
+        assert queue.take(100, once=True) == ["large"]
+
+    def test_what_comes_back_goes_before_what_else_is_in_its_line(self) -> None:
+        queue: FairQueue[str] = FairQueue(quantum=2)
+        queue.append(b"a", "second")
+        queue.append(b"a", "first", first=True)
+        queue.append(b"b", "other")
+        assert queue.take(10) == ["first", "second", "other"]
 
     def test_what_costs_much_is_served_as_often_as_it_pays_for(self) -> None:
         queue: FairQueue[str] = FairQueue(quantum=8)

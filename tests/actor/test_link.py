@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import struct
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from broker.actor.link import RECEIVE_BYTES, Link
+from broker.actor.link import RECEIVE_BYTES, TURN_MAX, Link
 from snapbroker.protocol import encode
 
 
@@ -75,6 +76,36 @@ async def test_answers_given_while_messages_are_taken_arrive(ends: tuple[End, En
         one.link.send((str(number).encode(),))
     await one.wait_for(100)
     assert one.messages == [[b"answer", str(number).encode()] for number in range(100)]
+
+
+async def test_a_flood_lets_the_loop_have_its_turns(ends: tuple[End, End]) -> None:
+    one, other = ends
+    for number in range(10 * TURN_MAX):
+        one.link.send((str(number).encode(),))
+    seen: list[int] = []
+    while len(other.messages) < 10 * TURN_MAX:
+        seen.append(len(other.messages))
+        await anyio.lowlevel.checkpoint()
+    assert max(after - before for before, after in itertools.pairwise([*seen, 10 * TURN_MAX])) <= TURN_MAX
+
+
+async def test_what_is_sent_together_leaves_at_the_end(ends: tuple[End, End]) -> None:
+    one, other = ends
+    with one.link.together():
+        one.link.send((b"a",))
+        one.link.send((b"b",))
+        assert one.link.unsent_bytes
+    assert not one.link.unsent_bytes
+    await other.wait_for(2)
+
+
+async def test_the_last_words_of_a_flood_are_all_heard(ends: tuple[End, End]) -> None:
+    one, other = ends
+    for number in range(10 * TURN_MAX):
+        one.link.send((str(number).encode(),))
+    one.link.close()
+    await other.ended.wait()
+    assert len(other.messages) == 10 * TURN_MAX
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -380,6 +380,31 @@ def test_work_that_is_taken_back_leaves_its_key_free(wire: Wire, gate: Gate) -> 
     assert [event.key for page in wire.pages(Events(since=0)) for event in page.events] == ["key"]
 
 
+def test_what_was_not_looked_at_yet_is_taken_back(limited: Daemon, wire: Wire) -> None:
+    many = [Prepare(key=f"many-{n}") for n in range(1000)]
+    with paused(limited, "gated"):
+        number = wire.send(*many)
+        taken = wire.send(Cancel(request=number))
+        limited.wait_for(lambda status: status.queues["mailbox.gated"]["open"] == 2)
+    outcomes: dict[int, Any] = {}
+    ended = set()
+    while len(ended) < 2:
+        _, answered, status, body = wire.receive_frames()
+        for outcome in decode_reply(body).outcomes:
+            if answered == number:
+                assert outcome.call not in outcomes
+                outcomes[outcome.call] = error_of(outcome.error) if outcome.error else None
+        if status == DONE:
+            ended.add(answered)
+    assert ended == {number, taken}
+    assert sorted(outcomes) == list(range(1000))
+    refused = [call for call, error in outcomes.items() if error is not None]
+    assert len(refused) > 500
+    assert all(isinstance(outcomes[call], Cancelled) for call in refused)
+    made = {info.name for info in wire.one(Walk()).infos}
+    assert made == {many[call].key for call, error in outcomes.items() if error is None}
+
+
 def test_a_copy_that_is_taken_back_leaves_nothing(limited: Daemon, tree: str) -> None:
     place = limited.root_of("native") / "snapshots"
     copy = Prepare(key="copy", parent=tree)
