@@ -6,7 +6,7 @@ Two parts, neither of which knows a socket or a snapshot.
 waits here, in a line of the client's own, and goes when something of that client comes back. So an actor, which serves
 what it has in the order of arrival, never holds more of anybody than a window, and one call waits behind windows and
 not behind a flood. A lone client has a wide window, for nobody waits behind it; with others about it is narrow, a
-millisecond or two of work. What goes on beside the actor's turns (a copy, a follower of events) does not fill it:
+fraction of a millisecond's work. What goes on beside the actor's turns (a copy, a follower of events) does not fill it:
 the actor tells, and the request is out of the window while it stays open.
 
 How much may be open is divided by a rule of switches' buffers: a client may have as much as is free (Choudhury and
