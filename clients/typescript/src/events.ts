@@ -7,11 +7,12 @@ import { Bell, turn, Turns } from "./bell.js";
 import type { Connection } from "./connection.js";
 import type { SnapshotEvent } from "./contract.js";
 import { FailedPreconditionError, OutOfRangeError, ResourceExhaustedError, UnavailableError } from "./errors.js";
+import { Pages } from "./pages.js";
 import { readEventsPage, type EventsPage } from "./protocol.js";
 import { Stream } from "./session.js";
 import { RETRY_MS, RETRY_MS_MAX, SILENCE_MS, Tracker, walkAgain, type EventStatistics } from "./tracker.js";
 import type { View } from "./view.js";
-import { Pages, Walk } from "./walk.js";
+import { Walk } from "./walk.js";
 
 /** Most messages that are taken from the socket before the first of their events is given out. */
 const BURST = 256;
