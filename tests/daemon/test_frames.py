@@ -448,7 +448,8 @@ def test_peers_that_speak_something_else(fuzzed: Daemon, wire: Wire) -> None:
         requester.connect(fuzzed.endpoint)
         # A REQ socket puts an empty frame before its message, so that this has one frame too many.
         requester.send_multipart([REQUEST_VERSION, b"1", TARGET, body_of(Stat(key="a"))])
-        wait_until(lambda: dropped(fuzzed) == before + 1, "the message to be dropped")
+        # What an earlier test sent last may be counted late as well.
+        wait_until(lambda: dropped(fuzzed) > before, "the message to be dropped")
     assert isinstance(error_of(wire, Stat(key="nothing")), ERRORS["not_found"])
 
 
