@@ -105,7 +105,7 @@ class Pool:
         with self._lock:
             if not self._ready or self._broken or self._parked.waiting(line):
                 return None
-            if self._mix.shared and len(self._ready) <= KEPT and self._had[line] >= PART:
+            if self._mix.shared and len(self._ready) <= self._kept and self._had[line] >= PART:
                 return None
             self._had[line] += 1
             id_ = self._ready.popleft()
@@ -113,6 +113,11 @@ class Pool:
         if len(self._ready) * 2 < self._aim:
             self._wake.set()
         return id_
+
+    @property
+    def _kept(self) -> int:
+        """How many are left for those who do not wait: always less than is aimed for, so that more are made."""
+        return min(KEPT, self._aim // 4)
 
     def park(self, line: bytes, waiter: Waiter) -> None:
         """Call `waiter` with the id of a directory that is still to be made, or an error; from the pool's thread."""
@@ -167,7 +172,7 @@ class Pool:
         with self._lock:
             self._ready.extend(ids)
             self._had.clear()
-            free = max(1, len(self._ready) - min(KEPT, self._aim // 4))
+            free = max(1, len(self._ready) - self._kept)
             served = [(waiter, self._ready.popleft()) for waiter in self._parked.take(free)] if self._parked else []
             self._making = tuple(id_ for _, id_ in served)
         self._taken += len(served)
