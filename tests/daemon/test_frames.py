@@ -436,20 +436,20 @@ def assert_of_the_contract(body: bytes) -> None:
 
 def test_peers_that_speak_something_else(fuzzed: Daemon, wire: Wire) -> None:
     """Sockets of other kinds, and bytes that are no ZMTP at all."""
-    path = fuzzed.endpoint.removeprefix("ipc://")
-    for noise in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 100, os.urandom(4096), b""):
-        with socket.socket(socket.AF_UNIX) as stranger:
-            stranger.connect(path)
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                stranger.sendall(noise)
     before = dropped(fuzzed)
     with zmq.Context() as context, context.socket(zmq.REQ) as requester:
         requester.linger = 0
         requester.connect(fuzzed.endpoint)
         # A REQ socket puts an empty frame before its message, so that this has one frame too many.
         requester.send_multipart([REQUEST_VERSION, b"1", TARGET, body_of(Stat(key="a"))])
-        # What an earlier test sent last may be counted late as well.
-        wait_until(lambda: dropped(fuzzed) > before, "the message to be dropped")
+        wait_until(lambda: dropped(fuzzed) == before + 1, "the message to be dropped")
+    # Last: libzmq may take bytes of chance for messages of its first protocol, which are dropped some time later.
+    path = fuzzed.endpoint.removeprefix("ipc://")
+    for noise in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 100, os.urandom(4096), b""):
+        with socket.socket(socket.AF_UNIX) as stranger:
+            stranger.connect(path)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                stranger.sendall(noise)
     assert isinstance(error_of(wire, Stat(key="nothing")), ERRORS["not_found"])
 
 
