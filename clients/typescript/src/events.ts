@@ -3,13 +3,14 @@
 import type { Subscriber } from "zeromq";
 
 import { milliseconds, sequenceNumber } from "./arguments.js";
-import { Bell, turn, Turns } from "./bell.js";
+import { Bell, turn } from "./bell.js";
 import type { Connection } from "./connection.js";
 import type { SnapshotEvent } from "./contract.js";
 import { FailedPreconditionError, OutOfRangeError, ResourceExhaustedError, UnavailableError } from "./errors.js";
 import { Pages } from "./pages.js";
 import { readEventsPage, type EventsPage } from "./protocol.js";
 import { Stream } from "./session.js";
+import { Steps } from "./steps.js";
 import { RETRY_MS, RETRY_MS_MAX, SILENCE_MS, Tracker, walkAgain, type EventStatistics } from "./tracker.js";
 import type { View } from "./view.js";
 import { Walk } from "./walk.js";
@@ -43,7 +44,7 @@ export interface EventsOptions {
  * What the publisher drops is taken from the journal, across restarts of the broker. `OutOfRangeError`: the journal no
  * longer has what is missing; walk again, and follow from the walk's sequence.
  */
-export class Events implements AsyncIterableIterator<SnapshotEvent> {
+export class Events extends Steps<SnapshotEvent> {
   readonly #view: View;
   readonly #connection: Connection;
   readonly #options: EventsOptions;
@@ -51,9 +52,6 @@ export class Events implements AsyncIterableIterator<SnapshotEvent> {
   readonly #follow: boolean;
   readonly #silenceMs: number;
   readonly #bell = new Bell();
-  readonly #turns = new Turns();
-  #ready: readonly SnapshotEvent[] = [];
-  #used = 0;
   #tracker: Tracker | undefined;
   #socket: Subscriber | undefined;
   #pages: Pages<EventsPage> | undefined;
@@ -65,6 +63,7 @@ export class Events implements AsyncIterableIterator<SnapshotEvent> {
 
   /** @internal */
   constructor(view: View, options: EventsOptions) {
+    super();
     this.#view = view;
     this.#connection = view.connection;
     this.#options = options;
@@ -77,14 +76,14 @@ export class Events implements AsyncIterableIterator<SnapshotEvent> {
 
   /** Subscribe, unless that is done: events from here on are in the stream. */
   async start(): Promise<void> {
-    await this.#turns.take(async () => {
+    await this.turns.take(async () => {
       await this.#started();
     });
   }
 
   /** Every event asked for up to this one was given out: where another stream goes on (`since`). */
   get sequence(): bigint {
-    const next = this.#ready[this.#used];
+    const next = this.ready[this.used];
     if (next !== undefined) return next.sequence - 1n;
     if (this.#tracker === undefined) {
       throw new FailedPreconditionError("a stream of events has no sequence before it is started");
@@ -97,23 +96,13 @@ export class Events implements AsyncIterableIterator<SnapshotEvent> {
     return this.#tracker?.statistics() ?? { events: 0, duplicates: 0, gaps: 0, malformed: 0 };
   }
 
-  next(): Promise<IteratorResult<SnapshotEvent, undefined>> {
-    if (!this.#turns.busy) {
-      const value = this.#ready[this.#used];
-      if (value !== undefined) {
-        this.#used++;
-        return Promise.resolve({ done: false, value });
-      }
-    }
-    return this.#turns.take(async () => {
-      const value = await this.#next(Infinity);
-      return value === undefined ? { done: true, value } : { done: false, value };
-    });
+  protected following(): Promise<SnapshotEvent | undefined> {
+    return this.#next(Infinity);
   }
 
   /** The next event; undefined where none comes within `withinMs`, or the stream is at its end. */
   poll(withinMs: number): Promise<SnapshotEvent | undefined> {
-    return this.#turns.take(() => this.#next(performance.now() + withinMs));
+    return this.turns.take(() => this.#next(performance.now() + withinMs));
   }
 
   /** Unsubscribe; what was received already is still given out. */
@@ -124,20 +113,6 @@ export class Events implements AsyncIterableIterator<SnapshotEvent> {
     this.#pages = undefined;
     if (this.#socket !== undefined) this.#connection.unsubscribe(this.#socket);
     this.#bell.ring();
-  }
-
-  return(): Promise<IteratorResult<SnapshotEvent, undefined>> {
-    this.close();
-    return Promise.resolve({ done: true, value: undefined });
-  }
-
-  [Symbol.asyncIterator](): this {
-    return this;
-  }
-
-  [Symbol.asyncDispose](): Promise<void> {
-    this.close();
-    return Promise.resolve();
   }
 
   readonly #onAbort = (): void => {
@@ -170,9 +145,9 @@ export class Events implements AsyncIterableIterator<SnapshotEvent> {
     try {
       const tracker = this.#tracker ?? (await this.#started());
       for (;;) {
-        const event = this.#ready[this.#used];
+        const event = this.ready[this.used];
         if (event !== undefined) {
-          this.#used++;
+          this.used++;
           return event;
         }
         this.#options.signal?.throwIfAborted();
@@ -189,8 +164,8 @@ export class Events implements AsyncIterableIterator<SnapshotEvent> {
   }
 
   #giveOut(events: readonly SnapshotEvent[]): void {
-    this.#ready = events;
-    this.#used = 0;
+    this.ready = events;
+    this.used = 0;
   }
 
   /** Take what lies in the socket; where nothing does, wait for a message, for silence, or until `until`. */

@@ -1,8 +1,9 @@
 /** What comes page by page, as it is used: the base of walks and audits. */
 
-import { Bell, Turns } from "./bell.js";
+import { Bell } from "./bell.js";
 import type { Connection } from "./connection.js";
 import type { Lane, Stream } from "./session.js";
+import { Steps } from "./steps.js";
 import type { View } from "./view.js";
 
 /** The pages of one request; closing it early tells the broker. */
@@ -44,7 +45,7 @@ export class Pages<T> {
 }
 
 /** What lies in the pages, one by one: `for await` it, once. */
-export abstract class Paged<Page, Item> implements AsyncIterableIterator<Item> {
+export abstract class Paged<Page, Item> extends Steps<Item> {
   /** @internal */
   protected readonly view: View;
   /** @internal */
@@ -55,16 +56,15 @@ export abstract class Paged<Page, Item> implements AsyncIterableIterator<Item> {
   protected current: Pages<Page> | undefined;
   /** @internal */
   protected closed = false;
-  readonly #turns = new Turns();
-  readonly #timeoutMs: number | undefined;
+  /** @internal */
+  protected readonly timeoutMs: number | undefined;
   readonly #signal: AbortSignal | undefined;
-  #items: readonly Item[] = [];
-  #used = 0;
 
   /** `timeoutMs`: the view's where absent. @internal */
   protected constructor(view: View, timeoutMs: number | undefined, signal: AbortSignal | undefined) {
+    super();
     this.view = view;
-    this.#timeoutMs = timeoutMs;
+    this.timeoutMs = timeoutMs;
     this.#signal = signal;
   }
 
@@ -82,30 +82,18 @@ export abstract class Paged<Page, Item> implements AsyncIterableIterator<Item> {
     return this.nextOfRequest();
   }
 
-  next(): Promise<IteratorResult<Item, undefined>> {
-    if (!this.#turns.busy) {
-      const item = this.#items[this.#used];
-      if (item !== undefined) {
-        this.#used++;
-        return Promise.resolve({ done: false, value: item });
-      }
-    }
-    return this.#turns.take(() => this.#next());
-  }
-
-  async #next(): Promise<IteratorResult<Item, undefined>> {
+  protected async following(): Promise<Item | undefined> {
     for (;;) {
-      const item = this.#items[this.#used++];
-      if (item !== undefined) return { done: false, value: item };
-      if (!(await this.fetch())) return { done: true, value: undefined };
+      const item = this.ready[this.used++];
+      if (item !== undefined || !(await this.fetch())) return item;
     }
   }
 
   /** Have the next page's items for `next`; whether there was one. @internal */
   protected async fetch(): Promise<boolean> {
     const page = await this.#nextPage();
-    this.#items = page === undefined ? [] : this.itemsOf(page);
-    this.#used = 0;
+    this.ready = page === undefined ? [] : this.itemsOf(page);
+    this.used = 0;
     return page !== undefined;
   }
 
@@ -127,20 +115,6 @@ export abstract class Paged<Page, Item> implements AsyncIterableIterator<Item> {
     this.closed = true;
     this.current?.close();
     this.bell.ring();
-  }
-
-  return(): Promise<IteratorResult<Item, undefined>> {
-    this.close();
-    return Promise.resolve({ done: true, value: undefined });
-  }
-
-  [Symbol.asyncIterator](): this {
-    return this;
-  }
-
-  [Symbol.asyncDispose](): Promise<void> {
-    this.close();
-    return Promise.resolve();
   }
 
   async #nextPage(): Promise<Page | undefined> {
@@ -186,7 +160,7 @@ export abstract class Paged<Page, Item> implements AsyncIterableIterator<Item> {
 
   /** Send a request; undefined where no more was wanted meanwhile. */
   async #ask(): Promise<Pages<Page> | undefined> {
-    const lane = await this.view.resolved(this.#timeoutMs, this.#signal);
+    const lane = await this.view.resolved(this.timeoutMs, this.#signal);
     return this.closed ? undefined : new Pages(this.view.connection, this.stream(lane), this.bell.ring);
   }
 }

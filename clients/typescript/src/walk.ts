@@ -25,18 +25,16 @@ export interface WalkOptions extends CallOptions {
  * A walk is not one picture unless the events above `sequence` are applied to it, in their order.
  */
 export class Walk extends Paged<WalkPage, Info> {
-  readonly #timeoutMs: number | undefined;
   readonly #filters: readonly string[];
   readonly #pageSize: number;
   #sequence: bigint | undefined;
 
   /** @internal */
   constructor(view: View, options: WalkOptions) {
-    super(view, options.timeoutMs, options.signal);
+    super(view, options.timeoutMs === undefined ? undefined : milliseconds(options.timeoutMs), options.signal);
     this.#filters = texts(options.filters ?? [], "filters");
     this.#pageSize = whole(options.page ?? WALK_PAGE, "page");
     this.after = text(options.after ?? "", "after");
-    this.#timeoutMs = options.timeoutMs === undefined ? undefined : milliseconds(options.timeoutMs);
   }
 
   /** The newest event that the first page has seen; FailedPrecondition before that page has come. */
@@ -71,7 +69,7 @@ export class Walk extends Paged<WalkPage, Info> {
   protected override async pageOrEnd(): Promise<WalkPage | undefined> {
     const { connection } = this.view;
     const { patience } = connection;
-    const deadline = patience.sources.clock() + (this.#timeoutMs ?? connection.timeoutMs);
+    const deadline = patience.sources.clock() + (this.timeoutMs ?? connection.timeoutMs);
     let repeats: Repeats | undefined;
     while (!this.closed) {
       try {
