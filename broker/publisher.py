@@ -18,7 +18,7 @@ from broker.sockets import Port
 from snapbroker.protocol import EVENT_VERSION, Heartbeat, encode, event_frames, heartbeat_topic
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from broker.audience import Audience
 
@@ -74,14 +74,11 @@ class Publisher:
             if len(beat.topics) > self._limits.heartbeat_topics_max:
                 beat.topics = None
         if self.remote is not None and self.remote.listening:
-            for position in range(0, len(frames), 3):
-                topic, sequence, body = frames[position : position + 3]
-                self.remote.send((topic, EVENT_VERSION, sequence, body))
-        if not self._subscriptions:
-            return
-        turns = (frames[position : position + 3] for position in range(0, len(frames), 3))
-        self.port.send_all((topic, EVENT_VERSION, sequence, body) for topic, sequence, body in turns)
-        self._published += len(frames) // 3
+            for message in _messages(frames):
+                self.remote.send(message)
+        if self._subscriptions:
+            self.port.send_all(_messages(frames))
+            self._published += len(frames) // 3
 
     def started(self, snapshotter: str, newest: int) -> None:
         """An actor got ready with this newest sequence; what came before it may never have been published."""
@@ -113,3 +110,10 @@ class Publisher:
             "published": self._published,
             "limit": self._limits.send_queue_max,
         }
+
+
+def _messages(frames: Sequence[bytes]) -> Iterator[tuple[bytes, bytes, bytes, bytes]]:
+    """The events' messages, of topic, sequence and body of each one behind the other."""
+    for position in range(0, len(frames), 3):
+        topic, sequence, body = frames[position : position + 3]
+        yield topic, EVENT_VERSION, sequence, body

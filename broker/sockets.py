@@ -77,20 +77,21 @@ class Port:
 
     def drain(self) -> bool:
         """Hand every waiting message to the handler; whether there may be more."""
-        if self._draining or self._closed:
+        if self._draining:
             return False
         self._draining = True
-        socket, handler = self._socket, self._handler
         try:
             for _ in range(DRAIN_MAX):
-                if not readable(socket):
+                if self._closed or not readable(self._socket):
                     return False
-                frames = receive(socket, NOBLOCK)
                 self.received += 1
-                handler(frames)
+                self._take()
         finally:
             self._draining = False
         return True
+
+    def _take(self) -> None:
+        self._handler(receive(self._socket, NOBLOCK))
 
     def send(self, frames: Sequence[bytes]) -> bool:
         """Send without waiting; False, and counted, when the peer is gone or does not take what it has."""
@@ -146,20 +147,5 @@ class FramePort(Port):
         super().__init__(socket, lambda _frames: None)
         self._frame_handler = handler
 
-    def drain(self) -> bool:
-        """Hand every waiting message to the handler; whether there may be more."""
-        if self._draining or self._closed:
-            return False
-        self._draining = True
-        try:
-            for _ in range(DRAIN_MAX):
-                frames = self._socket.recv_multipart(NOBLOCK, copy=False)
-                self.received += 1
-                self._frame_handler(frames)
-                if self.closed:
-                    return False
-        except zmq.Again:
-            return False
-        finally:
-            self._draining = False
-        return True
+    def _take(self) -> None:
+        self._frame_handler(self._socket.recv_multipart(NOBLOCK, copy=False))

@@ -1,6 +1,6 @@
 """Fairness between clients: one that floods waits behind itself, and another one behind no more than its share.
 
-Two parts, neither of which knows a socket or a snapshot.
+Three parts, none of which knows a socket or a snapshot.
 
 `Admission` is the router's, one for each actor. A client's requests go to the actor up to a window; what is beyond
 waits here, in a line of the client's own, and goes when something of that client comes back. So an actor, which serves
@@ -15,7 +15,7 @@ the next. What is refused is told when to come back: at the pace at which this c
 moment, one after the other, so that a thousand refused at once do not return at once.
 
 `FairQueue` is for what an actor's threads hand each other: a line for each client, served in turn (deficit round robin,
-Shreedhar and Varghese, 1995). With one client it is a plain queue.
+Shreedhar and Varghese, 1995). With one client it is a plain queue. `Mix` tells them whether there are several.
 """
 
 from __future__ import annotations

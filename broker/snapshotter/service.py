@@ -23,7 +23,7 @@ from backends.failpoints import reach
 from broker.access import WHOLE, Denials, Grant, decode_grant
 from broker.snapshotter.errors import error_of
 from broker.snapshotter.operations import Delivery, Operation, Result
-from broker.snapshotter.writer import Errand
+from broker.snapshotter.writer import READ_WEIGHT, Errand
 from broker.store import Token, digest_of
 from snapbroker.contract import check_namespace, topic
 from snapbroker.errors import (
@@ -78,10 +78,8 @@ log = structlog.get_logger()
 
 PART_BYTES_MAX: Final = 4 * 1024 * 1024
 """Outcomes gathered before a part is sent."""
-SLICE_CALLS: Final = 32
-"""Calls of one request that are looked at before the loop gets a turn, a fifth of a millisecond."""
-SLICE_WRITES: Final = 4
-"""So many writes, which are only queued, count as one: those of a request belong in one transaction."""
+SLICE: Final = 128
+"""Writes of one request that are queued before the loop gets a turn; a read counts for `READ_WEIGHT` of them."""
 _WRITES: Final = frozenset((Prepare, View, Commit, Remove, Update))
 _MILLISECOND: Final = 1_000_000
 NOTHING: Final[Mapping[int, BrokerError]] = {}
@@ -389,7 +387,7 @@ class Service:
         """Look at the next calls of a request; whether there are more, before which the loop has a turn."""
         self._writer.give_way()
         unread = ticket.unread
-        if len(unread) <= SLICE_CALLS:
+        if len(unread) * READ_WEIGHT <= SLICE:
             calls, ticket.unread = unread, {}
         else:
             calls = {index: unread.pop(index) for index in _slice(unread)}
@@ -790,8 +788,8 @@ def _slice(calls: Mapping[int, Any]) -> list[int]:
     weight = 0
     numbers = []
     for number, call in calls.items():
-        weight += 1 if type(call) in _WRITES else SLICE_WRITES
-        if weight > SLICE_CALLS * SLICE_WRITES:
+        weight += 1 if type(call) in _WRITES else READ_WEIGHT
+        if weight > SLICE:
             break
         numbers.append(number)
     return numbers

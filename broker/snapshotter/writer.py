@@ -95,9 +95,9 @@ WAY_S: Final = 0.002
 WAY_SHARED_S: Final = 0.0005
 """The same while several clients write: the others' reads wait for it."""
 WAY_AT: Final = 64
-"""What the loop takes before it gives way: a write queued is 1, half a millisecond is all; see `READ_WEIGHT`."""
+"""What the loop takes before it gives way, half a millisecond: a write queued is 1, a read `READ_WEIGHT`."""
 READ_WEIGHT: Final = 4
-"""What a read answered takes of `WAY_AT`."""
+"""What a read that is answered takes of the loop, where a write that is queued takes 1."""
 Deliver = Callable[[Delivery], None]
 Clock = Callable[[], int]
 
