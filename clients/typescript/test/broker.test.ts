@@ -16,6 +16,7 @@ import {
   OutOfRangeError,
   UnavailableError,
   type Broker,
+  type Change,
   type Finding,
   type Info,
   type Mirror,
@@ -334,10 +335,10 @@ describe("what is not as it must be", () => {
   });
 });
 
-/** Follow a mirror until it has `name`; answers the events on the way. */
-async function followed(mirror: Mirror, name: string): Promise<SnapshotEvent[]> {
+/** Follow the changes of a mirror until it has `name`; answers the events on the way. */
+async function followed(mirror: Mirror, changes: AsyncIterable<Change>, name: string): Promise<SnapshotEvent[]> {
   const events: SnapshotEvent[] = [];
-  for await (const change of mirror) {
+  for await (const change of changes) {
     if (change.type === "changed") events.push(change.event);
     if (mirror.snapshots.has(name)) break;
   }
@@ -373,7 +374,11 @@ describe("a broker that is killed", () => {
       await using broker = await mortal.client("overlayfs", { patienceMs: 60_000, connectTimeoutMs: 60_000 });
       await broker.prepare("first");
       const mirror = broker.mirror();
-      const heard = followed(mirror, "end");
+      const changes = mirror[Symbol.asyncIterator]();
+      // Walked before the first change, or the walk has what is to be heard.
+      const { value: start } = await changes.next();
+      assert(start?.type === "walked");
+      const heard = followed(mirror, changes, "end");
       let answered = 0;
       let killed: Promise<unknown> | undefined;
       const change = async (index: number) => {
