@@ -43,6 +43,7 @@ HAND: Final = "hand"
 # What a crash leaves.
 NOTHING: Final = "nothing: what was written so far is dropped with its transaction"
 WHOLE: Final = "the change, whole; a repeat with its token gets the first answer"
+ZEROS: Final = "zeros behind the pages of the database, which are used later"
 LEFT_OVER: Final = (
     "a directory without a record, discarded by recovery; by the actor at once where only a hand was ended"
 )
@@ -86,6 +87,7 @@ POINTS: Final = (
     Point("environment.nested", "an atomic request is in its parent transaction", "the rest of the turn", NOTHING),
     Point("environment.full", "a transaction is dropped, the map being full", "a larger map", NOTHING),
     Point("environment.grown", "the map is larger", "the same work again", NOTHING),
+    Point("preallocation.written", "the database's file is longer", "its flush", ZEROS, ("overlayfs", "native")),
     Point("environment.worked", "everything of a transaction is written", "its commit", NOTHING),
     Point("environment.committed", "a transaction is committed", "what follows from it", WHOLE),
     Point("writer.settled", "a turn is committed", "what it needs of the backend, and what it removed", WHOLE),

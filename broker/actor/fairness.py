@@ -294,18 +294,20 @@ class Admission:
 
 
 class Mix:
-    """Whether several clients were about within the last second."""
+    """Whether several clients were about within the last second; one that takes over from another is alone."""
 
     def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
         self._clock = clock
         self._latest = b""
-        self._mixed = -ABOUT_NS
+        self._changed = self._mixed = -ABOUT_NS
 
     def see(self, line: bytes) -> None:
         """A client does something."""
         if line != self._latest:
             if self._latest:
-                self._mixed = self._clock()
+                changed, self._changed = self._changed, self._clock()
+                if self._changed - changed < ABOUT_NS:
+                    self._mixed = self._changed
             self._latest = line
 
     @property

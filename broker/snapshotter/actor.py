@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,13 @@ class SnapshotterActor:
         self._journal = Journal(self._environment, setup.name, limits.journal)
         ids = Ids(self._environment, snapshots)
         place = Place(setup.backend, setup.root, setup.options)
-        self._stocker, self._deleter = Hand(place, 0, self._lock), Hand(place, DELETER_NICENESS, self._lock)
-        self._pool = (
-            Pool(self._stocker, ids, lambda id_: self._trash.discard(id_, None), limits.pool)
-            if isinstance(self.backend, Pooled) and limits.pool.pool_min
-            else None
-        )
+        self._deleter = Hand(place, DELETER_NICENESS, self._lock)
+        self._pool: Pool | None = None
+        self._stockers: dict[str, Hand] = {}
+        if isinstance(self.backend, Pooled) and limits.pool.pool_min:
+            self._pool = Pool(ids, lambda id_: self._trash.discard(id_, None), limits.pool)
+            self._stockers = {name: Hand(place, 0, self._lock) for name in self._pool.threads}
+        self._hands = [*self._stockers.values(), self._deleter]
         self._crew: Crew | None = None
         self._trash = Trash(self.backend, self._deleter, IDLE_S)
         if isinstance(self.backend, Copying):
@@ -198,7 +200,9 @@ class SnapshotterActor:
                 tasks.start_soon(anyio.to_thread.run_sync, vital, "trash", self._trash.run)
                 self._ledger_thread.start()
                 if self._pool is not None:
-                    tasks.start_soon(anyio.to_thread.run_sync, vital, "pool", self._pool.run)
+                    for number, (name, stocker) in enumerate(self._stockers.items()):
+                        stock = partial(self._pool.run, stocker, helps=number > 0)
+                        tasks.start_soon(anyio.to_thread.run_sync, vital, name, stock)
                 streams.start_soon(service.tell_progress)
                 self._recovery.begin()
                 ready()
@@ -211,12 +215,12 @@ class SnapshotterActor:
             self._trash.stop()
             if self._pool is not None:
                 self._pool.stop()
-            self._stocker.close()
-            self._deleter.close()
+            for hand in self._hands:
+                hand.close()
             if self._crew is not None:
                 self._crew.close()
-        self._stocker.let_go()
-        self._deleter.let_go()
+        for hand in self._hands:
+            hand.let_go()
         if self._crew is not None:
             self._crew.wait()
         # Behind the writer's last transaction.
@@ -291,11 +295,13 @@ class SnapshotterActor:
 
     def _look(self) -> dict[str, int]:
         """How long the threads, and what the backend is at work on, stand still."""
-        vital = {"writer": self._writer.mark(), "pool": self._pool.mark() if self._pool is not None else None}
+        stocking = self._pool.marks() if self._pool is not None else {}
+        vital = {"writer": self._writer.mark(), **stocking}
         standing = self._watch.look({**vital, "trash": self._trash.mark(), **self._writer.works()})
         self.vital = {name: standing.pop(name) for name in vital}
         return {
-            **{f"{name}_ms": milliseconds for name, milliseconds in self.vital.items()},
+            "writer_ms": self.vital["writer"],
+            "pool_ms": max((self.vital[name] for name in stocking), default=0),
             "trash_ms": standing.pop("trash"),
             "work_ms": max(standing.values(), default=0),
             "told_ms": self._setup.limits.still_told_ms,

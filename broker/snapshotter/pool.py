@@ -1,8 +1,10 @@
 """Directories made ahead of time, so that a prepare needs no disk but its own transaction.
 
 A thread keeps the pool stocked in batches: many directories for the price of one flush. It sleeps while there is
-enough, and doubles what it aims for whenever the pool ran dry, up to a limit. What is left at the end has no record
-and is collected at the next start like any left-over.
+enough, and what is aimed for doubles whenever the pool ran dry, up to a limit. Others help it while somebody waits:
+a filesystem of some age can take a fifth of a millisecond of a processor for one directory, where ext4 looks for inodes
+that were not deleted lately. What is left at the end has no record and is collected at the next start like any
+left-over.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class PoolLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     pool_max: int = 8192
     """Ready directories aimed for at most, after bursts."""
     pool_idle_s: float = 20.0
-    """After this long without a prepare the aim is halved, down to `pool_min`, and the stocking process ends."""
+    """After this long without a prepare the aim is halved, down to `pool_min`, and the stocking processes end."""
+    stockers: int = 2
+    """Processes that make directories; all but one only while prepares wait."""
 
 
 KEPT: Final = 16
@@ -73,22 +77,24 @@ class Stocker(Protocol):
 class Pool:
     """Ready directories by id; `take` from the writer, the stocking in a thread of its own."""
 
-    def __init__(self, stocker: Stocker, ids: Ids, discard: Callable[[int], None], limits: PoolLimits) -> None:
+    def __init__(self, ids: Ids, discard: Callable[[int], None], limits: PoolLimits) -> None:
         """`discard` puts into the trash what is left of an id, if there is anything."""
-        self._stocker = stocker
         self._ids = ids
         self._discard = discard
         self._limits = limits
         self._lock = threading.Lock()
+        self._wanted = threading.Condition(self._lock)
+        """Told when the pool is half empty."""
+        self._awaited = threading.Condition(self._lock)
+        """Told when somebody waits: waking a helper at every take would cost more than it brings."""
         self._ready: deque[int] = deque()
-        self._making: tuple[int, ...] = ()
+        self._making: set[int] = set()
         self._parked: FairQueue[Waiter] = FairQueue(quantum=1)
         self._mix = Mix()
         self._had: Counter[bytes] = Counter()
         """How many each client took since the last batch."""
         self._ended = False
         self._aim = limits.pool_min
-        self._wake = threading.Event()
         self._task = Task()
         self._complaint = ""
         self._taken = 0
@@ -97,7 +103,8 @@ class Pool:
         self._broken = False
         """Whether the disk fails: what lies on it is of no use either, until something can be made again."""
         self._rounds = 0
-        self._stocking = False
+        self._stocking: dict[str, int] = {}
+        """Which batch each thread is at."""
 
     def take(self, line: bytes) -> int | None:
         """A ready directory's id, or None when there is none at the moment, or this client waits for some already."""
@@ -109,9 +116,9 @@ class Pool:
                 return None
             self._had[line] += 1
             id_ = self._ready.popleft()
+            if len(self._ready) * 2 < self._aim:
+                self._wanted.notify()
         self._taken += 1
-        if len(self._ready) * 2 < self._aim:
-            self._wake.set()
         return id_
 
     @property
@@ -121,49 +128,67 @@ class Pool:
 
     def park(self, line: bytes, waiter: Waiter) -> None:
         """Call `waiter` with the id of a directory that is still to be made, or an error; from the pool's thread."""
-        self._dry += 1
-        self._aim = min(2 * self._aim, self._limits.pool_max)
         with self._lock:
+            self._dry += 1
+            self._aim = min(2 * self._aim, self._limits.pool_max)
             ended = self._ended
             if not ended:
                 self._parked.append(line, waiter)
+                self._wanted.notify()
+                self._awaited.notify_all()
         if ended:
             waiter(Unavailable("the snapshotter is stopping"))
-        self._wake.set()
 
-    def run(self) -> None:
-        """Keep the pool stocked until `stop`; the body of a thread."""
-        while not self._stopped():
-            missing = self._aim - len(self._ready) + len(self._parked)
-            if missing <= 0:
-                self._rest()
-                continue
+    def run(self, stocker: Stocker, *, helps: bool = False) -> None:
+        """Keep the pool stocked until `stop`, or with `helps` only while somebody waits; the body of a thread each."""
+        name = threading.current_thread().name
+        while not self._task.cancelled:
             ids: list[int] = []
-            self._rounds += 1
-            self._stocking = True
             try:
-                ids = self._ids.take_many(min(missing, BATCH_SHARED if self._mix.shared else BATCH))
-                self._making = tuple(ids)
+                ids = self._begin(name, helps=helps)
+                if not ids:
+                    self._rest(stocker, helps=helps)
+                    continue
                 reach("pool.taken")
-                self._stocker.stock(ids, self._task)
+                stocker.stock(ids, self._task)
                 reach("pool.stocked")
             except (OSError, BrokerError) as error:
-                self._stocking = False
+                self._stocking.pop(name, None)
                 self._put_aside(ids)
                 self._failed(error_of_system(error) if isinstance(error, OSError) else error)
             else:
-                self._stocking = False
+                self._stocking.pop(name, None)
                 self._shelve(ids)
         with self._lock:
             self._ended = True
         self._failed(Unavailable("the snapshotter is stopping"))
 
-    def _rest(self) -> None:
+    def _begin(self, name: str, *, helps: bool) -> list[int]:
+        """The ids of a batch that is to be made, none where there is enough."""
+        with self._lock:
+            missing = self._missing(helps=helps)
+            if missing <= 0:
+                return []
+            self._rounds += 1
+            self._stocking[name] = self._rounds
+            ids = self._ids.take_many(min(missing, BATCH_SHARED if self._mix.shared else BATCH))
+            self._making.update(ids)
+            return ids
+
+    def _missing(self, *, helps: bool) -> int:
+        if helps and not self._parked:
+            return 0
+        return self._aim + len(self._parked) - len(self._ready) - len(self._making)
+
+    def _rest(self, stocker: Stocker, *, helps: bool) -> None:
         """There is enough: wait until there is not, and aim lower after a quiet while."""
-        self._wake.clear()
-        if len(self._ready) >= self._aim and not self._parked and not self._wake.wait(self._limits.pool_idle_s):
-            self._aim = max(self._limits.pool_min, self._aim // 2)
-            self._stocker.let_go()
+        called = self._awaited if helps else self._wanted
+        with self._lock:
+            if self._missing(helps=helps) > 0 or self._task.cancelled or called.wait(self._limits.pool_idle_s):
+                return
+            if not helps:
+                self._aim = max(self._limits.pool_min, self._aim // 2)
+        stocker.let_go()
 
     def _shelve(self, ids: list[int]) -> None:
         """Who waits is served first, except that some are left for clients that do not wait yet."""
@@ -174,11 +199,13 @@ class Pool:
             self._had.clear()
             free = max(1, len(self._ready) - self._kept)
             served = [(waiter, self._ready.popleft()) for waiter in self._parked.take(free)] if self._parked else []
-            self._making = tuple(id_ for _, id_ in served)
+            self._making.difference_update(ids)
+            self._making.update(id_ for _, id_ in served)
         self._taken += len(served)
         for waiter, id_ in served:
             waiter(id_)
-        self._making = ()
+        with self._lock:
+            self._making.difference_update(id_ for _, id_ in served)
 
     def in_hand(self) -> set[int]:
         """The ids that are ready, being made, or on their way to a call."""
@@ -197,7 +224,8 @@ class Pool:
         if errors:
             # Without a record it is found as a left-over at the next start.
             log.warning("left over after a failed stocking", first=ids[0], entries=len(errors), error=str(errors[0]))
-        self._making = ()
+        with self._lock:
+            self._making.difference_update(ids)
 
     def _failed(self, error: BrokerError) -> None:
         """Tell who waits, and try again a little later."""
@@ -206,26 +234,32 @@ class Pool:
             parked = self._parked.clear()
         for waiter in parked:
             waiter(error)
-        if self._stopped():
+        if self._task.cancelled:
             return
         self._failures += 1
         if error.message != self._complaint:
             self._complaint = error.message
             log.warning("the pool cannot be stocked", error=error.message, ready=len(self._ready))
-        self._wake.clear()
-        self._wake.wait(RETRY_S)
-
-    def _stopped(self) -> bool:
-        return self._task.cancelled
+        with self._lock:
+            if not self._parked and not self._task.cancelled:
+                self._wanted.wait(RETRY_S)
 
     def stop(self) -> None:
-        """End `run`."""
-        self._task.cancel()
-        self._wake.set()
+        """End every `run`."""
+        with self._lock:
+            self._task.cancel()
+            self._wanted.notify_all()
+            self._awaited.notify_all()
 
-    def mark(self) -> int | None:
-        """For the watch: changes with every batch, None while none is being made."""
-        return self._rounds if self._stocking else None
+    def marks(self) -> dict[str, int | None]:
+        """For the watch, by thread: changes with every batch, None while none is being made."""
+        stocking = dict(self._stocking)
+        return {name: stocking.get(name) for name in self.threads}
+
+    @property
+    def threads(self) -> list[str]:
+        """The names under which threads `run`, the one that helps nobody first."""
+        return ["pool", *(f"pool-{number}" for number in range(2, self._limits.stockers + 1))]
 
     def statistics(self) -> dict[str, int]:
         """For `status`."""

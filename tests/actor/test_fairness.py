@@ -178,10 +178,22 @@ class TestMix:
         mix.see(b"a")
         assert not mix.shared
         mix.see(b"b")
+        assert not mix.shared
+        mix.see(b"a")
         assert mix.shared
         now += ABOUT_NS - 1
         assert mix.shared
         now += 1
+        assert not mix.shared
+
+    def test_one_who_takes_over_from_another_is_alone(self) -> None:
+        now = 0
+        mix = Mix(lambda: now)
+        for line in (b"a", b"a", b"b", b"b"):
+            mix.see(line)
+            assert not mix.shared
+        now += ABOUT_NS
+        mix.see(b"c")
         assert not mix.shared
 
 

@@ -40,6 +40,7 @@ WAYS: Final = {
     "outcomes.trimmed": Way(before="outcomes"),
     "environment.full": Way(large=True),
     "environment.grown": Way(large=True),
+    "preallocation.written": Way(large=True),
     "overlayfs.undoing": Way(given={"": ("overlayfs.filled", "error:ENOSPC {process}")}),
     "native.undoing": Way(given={"": ("native.copied", "error:ENOSPC {process}")}),
     "btrfs.undoing": Way(given={"": ("btrfs.snapshotted", "error:ENOSPC")}),
