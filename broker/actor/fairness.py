@@ -294,7 +294,7 @@ class Admission:
 
 
 class Mix:
-    """Whether several clients were about within the last second; one that takes over from another is alone."""
+    """Whether several clients called within the last second; one that takes over from another is alone."""
 
     def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
         self._clock = clock

@@ -21,6 +21,7 @@ import structlog
 from backends import registry
 from backends.api import Backend, Copying, Pooled
 from broker import privileges
+from broker.actor.fairness import Mix
 from broker.lock import lock_directory
 from broker.snapshotter import ground
 from broker.snapshotter.audits import Audits, OnlineAccess
@@ -114,10 +115,11 @@ class SnapshotterActor:
         ids = Ids(self._environment, snapshots)
         place = Place(setup.backend, setup.root, setup.options)
         self._deleter = Hand(place, DELETER_NICENESS, self._lock)
+        mix = self._mix = Mix()
         self._pool: Pool | None = None
         self._stockers: dict[str, Hand] = {}
         if isinstance(self.backend, Pooled) and limits.pool.pool_min:
-            self._pool = Pool(ids, lambda id_: self._trash.discard(id_, None), limits.pool)
+            self._pool = Pool(ids, lambda id_: self._trash.discard(id_, None), limits.pool, mix)
             self._stockers = {name: Hand(place, 0, self._lock) for name in self._pool.threads}
         self._hands = [*self._stockers.values(), self._deleter]
         self._crew: Crew | None = None
@@ -142,6 +144,7 @@ class SnapshotterActor:
             self.backend,
             limits.writer,
             lambda delivery: self._deliver(delivery),
+            mix,
         )
         # The loop's thread reads with a Snapshots of its own: its cache of chains is not shared with the writer.
         self._reader = Reader(self._environment, Snapshots(self._environment), self._journal, self.backend)
@@ -194,6 +197,7 @@ class SnapshotterActor:
                     self._publish,
                     audits,
                     self._aside,
+                    self._mix,
                 )
                 self._deliver = thread_safe(self._deliver_together)
                 tasks.start_soon(anyio.to_thread.run_sync, vital, "writer", self._writer.run)

@@ -1,16 +1,16 @@
 """What waits for the writer: a line for each client, served in turn, and before them all what the actor itself wants.
 
 With one client about a turn takes what is there. With several it is short, since whoever comes in the middle of it
-waits for its end: the flood of one fills the turns that the others leave, and makes them no longer.
+waits for its end, and who only reads for the interpreter: the flood of one fills the turns that the others leave, and
+makes them no longer.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from broker.actor.fairness import FairQueue, Mix
@@ -46,9 +46,9 @@ E = TypeVar("E")
 class Inbox(Generic[E]):
     """`submit` from the loop's thread, `first` from any, `take` from the writer's."""
 
-    def __init__(self, limits: Limits, clock: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(self, limits: Limits, mix: Mix) -> None:
         self._limits = limits
-        self._mix = Mix(clock)
+        self._mix = mix
         self._arrived: queue.SimpleQueue[tuple[bytes, Any, bool]] = queue.SimpleQueue()
         """Whose it is, operations or what the actor queues for itself, and whether they come back."""
         self._first: deque[E] = deque()
@@ -73,7 +73,6 @@ class Inbox(Generic[E]):
                 )
             self._counts[client] = own + len(operations)
             self._waiting += len(operations)
-        self._mix.see(client)
         self._arrived.put((client, operations, False))
 
     def first(self, item: E) -> None:
@@ -96,7 +95,7 @@ class Inbox(Generic[E]):
         self._sort(block=not self._lines and not self._first)
         most = self._limits.turn_max
         batch: list[Operation | E] = [self._first.popleft() for _ in range(min(most, len(self._first)))]
-        if shared := self.shared:
+        if shared := self._mix.shared:
             most = min(most, self._limits.turn_shared_max)
         if self._lines:
             taken = self._lines.take(max(1, most - len(batch)), once=shared)
@@ -135,11 +134,6 @@ class Inbox(Generic[E]):
     def stopped(self) -> bool:
         """Whether the stop was reached and nothing waits."""
         return self._stopped and not self._first and not self._lines and self._arrived.empty()
-
-    @property
-    def shared(self) -> bool:
-        """Whether several clients wrote within the last second."""
-        return self._mix.shared
 
     def statistics(self) -> dict[str, int]:
         """For `status`."""

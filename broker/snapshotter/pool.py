@@ -77,7 +77,7 @@ class Stocker(Protocol):
 class Pool:
     """Ready directories by id; `take` from the writer, the stocking in a thread of its own."""
 
-    def __init__(self, ids: Ids, discard: Callable[[int], None], limits: PoolLimits) -> None:
+    def __init__(self, ids: Ids, discard: Callable[[int], None], limits: PoolLimits, mix: Mix) -> None:
         """`discard` puts into the trash what is left of an id, if there is anything."""
         self._ids = ids
         self._discard = discard
@@ -90,7 +90,7 @@ class Pool:
         self._ready: deque[int] = deque()
         self._making: set[int] = set()
         self._parked: FairQueue[Waiter] = FairQueue(quantum=1)
-        self._mix = Mix()
+        self._mix = mix
         self._had: Counter[bytes] = Counter()
         """How many each client took since the last batch."""
         self._ended = False
@@ -108,7 +108,6 @@ class Pool:
 
     def take(self, line: bytes) -> int | None:
         """A ready directory's id, or None when there is none at the moment, or this client waits for some already."""
-        self._mix.see(line)
         with self._lock:
             if not self._ready or self._broken or self._parked.waiting(line):
                 return None

@@ -69,6 +69,7 @@ from snapbroker.protocol import (
 )
 
 if TYPE_CHECKING:
+    from broker.actor.fairness import Mix
     from broker.snapshotter.audits import Audits
     from broker.snapshotter.reader import Reader
     from broker.snapshotter.trash import Trash
@@ -244,7 +245,9 @@ class Service:
         publish: Callable[[list[tuple[str, int, bytes]]], None],
         audits: Audits,
         aside: Callable[[bytes, bytes], None],
+        mix: Mix,
     ) -> None:
+        self._mix = mix
         self._audits = audits
         self._snapshotter = snapshotter
         self.send = send
@@ -274,6 +277,7 @@ class Service:
     def receive(self, client: bytes, request_id: bytes, arrival: int, body: bytes, grant: bytes = WHOLE) -> None:
         """Take a request; whatever it is, it gets a reply and nothing is raised."""
         self._requests += 1
+        self._mix.see(client)
         try:
             if self._stopping:
                 raise Unavailable("the snapshotter is stopping, repeat in a moment", {"retry_after_ms": 1000})

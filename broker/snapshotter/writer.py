@@ -52,6 +52,7 @@ from snapbroker.protocol import error_of as error_of_fault
 if TYPE_CHECKING:
     from lmdb import Transaction
 
+    from broker.actor.fairness import Mix
     from broker.snapshotter.crew import Crew
     from broker.snapshotter.ids import Ids
     from broker.snapshotter.pool import Pool
@@ -68,7 +69,7 @@ class WriterLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     turn_max: int = 1024
     """Most calls in one transaction: bounds the time to its flush."""
     turn_shared_max: int = 64
-    """The same while several clients write: bounds the time that one waits for the others."""
+    """The same while several clients are about: bounds the time that one waits for the others."""
     turn_part_max: int = 16
     """Most of them that are one client's, however many of its calls wait."""
     waiting_max: int = 16_384
@@ -94,7 +95,7 @@ DECIDED: Final = frozenset(
 WAY_S: Final = 0.002
 """Longest that `give_way` lasts: about a turn's work of a few dozen calls."""
 WAY_SHARED_S: Final = 0.0005
-"""The same while several clients write: the others' reads wait for it."""
+"""The same while several clients are about: the others' calls wait for it."""
 WAY_AT: Final = 64
 """What the loop takes before it gives way, half a millisecond: a write queued is 1, a read `READ_WEIGHT`."""
 READ_WEIGHT: Final = 4
@@ -121,6 +122,7 @@ class Writer:
         backend: Backend,
         limits: WriterLimits,
         deliver: Deliver,
+        mix: Mix,
         clock: Clock = time.time_ns,
     ) -> None:
         self._environment = environment
@@ -135,7 +137,8 @@ class Writer:
         self._limits = limits
         self._deliver = deliver
         self._clock = clock
-        self._inbox: Inbox[Errand] = Inbox(limits)
+        self._mix = mix
+        self._inbox: Inbox[Errand] = Inbox(limits, mix)
         self._workers = Workers(limits.workers or backend.workers)
         self._rests = threading.Event()
         """Set while the thread does not need the interpreter: it waits for the disk, or for something to do."""
@@ -170,7 +173,7 @@ class Writer:
     def charge(self, reads: int, writes: int) -> None:
         """Note what the loop has taken of the interpreter, for `give_way`."""
         # A client alone gains by giving way; with others about, a flood of writes would stop the loop all the time.
-        self._charged += reads * READ_WEIGHT + (0 if self._inbox.shared else writes)
+        self._charged += reads * READ_WEIGHT + (0 if self._mix.shared else writes)
 
     def give_way(self) -> None:
         """Leave the interpreter to the thread while it computes, for a moment at most, if the loop has taken its part.
@@ -181,7 +184,7 @@ class Writer:
         if self._charged >= WAY_AT:
             self._charged = 0
             if not self._rests.is_set():
-                self._rests.wait(WAY_SHARED_S if self._inbox.shared else WAY_S)
+                self._rests.wait(WAY_SHARED_S if self._mix.shared else WAY_S)
 
     def submit_work(self, work: Callable[[], None], line: bytes = OWN_LINE) -> None:
         """Let a worker run `work`, which must not raise; `line` is whose it is."""
