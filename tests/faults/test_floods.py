@@ -30,13 +30,14 @@ from tests.harness import Daemon
 
 OPEN_REQUESTS_MAX: Final = 1000
 STREAMS_MAX: Final = 8
+TURN_SHARED_MAX: Final = 16
 FLOOD: Final = 400
 """Requests that the flood keeps open."""
 
 
 @pytest.fixture(scope="module")
 def flooded() -> Iterator[Daemon]:
-    limits = {"service": {"streams_max": STREAMS_MAX}, "writer": {"turn_shared_max": 16}}
+    limits = {"service": {"streams_max": STREAMS_MAX}, "writer": {"turn_shared_max": TURN_SHARED_MAX}}
     few = {"backend": "memory", "limits": {"writer": {"turn_max": 1}}}
     with Daemon(
         {"overlayfs": {"limits": limits}, "few": few},
@@ -130,6 +131,25 @@ def test_the_flood_waits_in_the_router_and_not_before_the_others(flooded: Daemon
             return mailbox["window"] == RouterLimits().window_shared_bytes and mailbox["waiting"] > FLOOD // 2
 
         wait_until(waits, "a narrow window")
+
+
+def test_who_only_reads_keeps_the_turns_of_the_others_short(flooded: Daemon) -> None:
+    calls = tuple(Prepare(key=f"many-{number}") for number in range(512))
+    with flooded.client("overlayfs") as reader, flooded.wire("overlayfs") as writer:
+
+        def written() -> dict[str, int]:
+            return flooded.actor("overlayfs").queues["writer"]
+
+        before = written()
+        reader.stat("known")
+        writer.one(Stat(key="known"))
+        reader.stat("known")
+        writer.send(*calls)
+        while writer.is_silent(0):
+            reader.stat("known")
+        wait_until(lambda: written()["operations"] >= before["operations"] + len(calls), "the figures of all of them")
+        turns = written()["turns"] - before["turns"]
+    assert turns >= len(calls) // TURN_SHARED_MAX
 
 
 def test_streams_of_one_client_leave_room_for_the_others(flooded: Daemon) -> None:
