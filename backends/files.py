@@ -726,6 +726,39 @@ class Shelf:
                 os.close(fd)
 
 
+class Shelved:
+    """What backends whose snapshots are directories of a `Shelf` have in common, of `backends.api.Backend`."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self.root = shelf.root
+        self._shelf = shelf
+        self._prefix = f"{shelf.snapshots}/"
+
+    def discard(self, id: int) -> str | None:
+        """Rename the snapshot's directory into the trash; what is mounted goes on working on the renamed one."""
+        return self._shelf.discard(id)
+
+    def discarded(self) -> Iterator[str]:
+        """The entries of the trash."""
+        return self._shelf.discarded()
+
+    def measure(self, token: str, task: Task) -> Usage:
+        """The size of an entry of the trash, blocks shared with others included."""
+        return self._shelf.measure(token, task)
+
+    def delete(self, token: str, task: Task) -> None:
+        """Delete an entry of the trash, never through a mount point."""
+        self._shelf.delete(token, task)
+
+    def ids(self) -> Iterator[int]:
+        """Every id with a directory."""
+        return self._shelf.ids()
+
+    def close(self) -> None:
+        """Let go of the root."""
+        self._shelf.close()
+
+
 def names(dir_fd: int) -> list[str]:
     """What is in a directory at the moment; btrfs shows one as it was when it was opened."""
     with _opened(dir_fd) as fd:

@@ -39,7 +39,7 @@ from snapbroker.contract import Kind, Mount, Usage
 from snapbroker.errors import FailedPrecondition
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from backends.api import Inspector, Snapshot
@@ -61,7 +61,7 @@ class NativeOptions(Options, frozen=True, kw_only=True):
     """Share blocks with the parent: `auto` where it works, `always` or fail, `never` for blocks of its own."""
 
 
-class Native:
+class Native(files.Shelved):
     """The native backend (see the module)."""
 
     Options: ClassVar[type[Options]] = NativeOptions
@@ -104,10 +104,8 @@ class Native:
         return cls(files.Shelf(root), options)
 
     def __init__(self, shelf: files.Shelf, options: NativeOptions) -> None:
-        self.root = shelf.root
+        super().__init__(shelf)
         self.options = options
-        self._shelf = shelf
-        self._prefix = f"{shelf.snapshots}/"
         self._directories = files.DirectorySync(shelf.snapshots_fd)
         self._sync = files.FilesystemSync(shelf.root_fd)
         self._patterns = Patterns()
@@ -203,26 +201,6 @@ class Native:
     def revert(self, snapshot: Snapshot) -> None:
         """Nothing to drop."""
 
-    def discard(self, id: int) -> str | None:
-        """Rename the directory into the trash."""
-        return self._shelf.discard(id)
-
-    def discarded(self) -> Iterator[str]:
-        """The entries of the trash."""
-        return self._shelf.discarded()
-
-    def measure(self, token: str, task: Task) -> Usage:
-        """The size of a discarded directory, blocks shared with others included."""
-        return self._shelf.measure(token, task)
-
-    def delete(self, token: str, task: Task) -> None:
-        """Delete a discarded directory, never through a mount point."""
-        self._shelf.delete(token, task)
-
-    def ids(self) -> Iterator[int]:
-        """Every id with a directory; a view of a parent has none."""
-        return self._shelf.ids()
-
     def whole(self, snapshot: Snapshot) -> bool:
         """Whether the directory is there: the record was written after all that is in it."""
         id_ = snapshot.parents[0] if _borrows(snapshot) else snapshot.id
@@ -243,10 +221,6 @@ class Native:
     def labels(self, snapshot: Snapshot) -> Mapping[str, str]:
         """None."""
         return {}
-
-    def close(self) -> None:
-        """Let go of the root."""
-        self._shelf.close()
 
     def _path(self, id_: int) -> str:
         return f"{self._prefix}{id_}"

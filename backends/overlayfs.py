@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from backends.api import ONLY_REMAP_IDS, REBASE, REMAP_IDS, Glance, Options, Snapshot, Support, Task, TooMany
 from backends.failpoints import reach
-from backends.files import DirectorySync, FilesystemSync, Shelf, SyncStatistics, remove_tree, usage
+from backends.files import DirectorySync, FilesystemSync, Shelf, Shelved, SyncStatistics, remove_tree, usage
 from backends.inspecting import ShelfInspector
 from backends.overlayfs_probe import Features, examine
 from snapbroker.contract import GIDMAPPING_LABEL, UIDMAPPING_LABEL, UPPERDIR_LABEL, Kind, Mount, Usage
 from snapbroker.errors import FailedPrecondition, InvalidArgument
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from backends.api import Inspector
@@ -65,7 +65,7 @@ class OverlayfsOptions(Options, frozen=True, kw_only=True):
     """Hand out `uidmap=` and `gidmap=` where the kernel can idmap the layers of an overlay (C111)."""
 
 
-class Overlayfs:
+class Overlayfs(Shelved):
     """The overlayfs backend; see the module, and `backends.api.Backend` for what each method promises."""
 
     Options: ClassVar[type[Options]] = OverlayfsOptions
@@ -75,14 +75,12 @@ class Overlayfs:
     """Files of any owner are counted and deleted; roots of snapshots get their parent's owner."""
 
     def __init__(self, shelf: Shelf, options: OverlayfsOptions, features: Features) -> None:
-        self.root = shelf.root
+        super().__init__(shelf)
         self.options = options
         self.sync_remove = options.sync_remove
         self.features = features
         self._remaps = options.remap_ids and features.idmapped
         self.capabilities = _capabilities(options, features, self._remaps)
-        self._shelf = shelf
-        self._prefix = f"{shelf.snapshots}/"
         self._suffix_options = _overlay_options(options, features)
         self._owner: Owner = (os.geteuid(), os.getegid())
         self._lowers = _Lowers(self._prefix)
@@ -186,26 +184,6 @@ class Overlayfs:
     def revert(self, snapshot: Snapshot) -> None:
         """Nothing: a commit changes no file."""
 
-    def discard(self, id: int) -> str | None:
-        """Rename into the trash; a mounted overlay goes on working on the renamed directories."""
-        return self._shelf.discard(id)
-
-    def discarded(self) -> Iterator[str]:
-        """The entries of the trash."""
-        return self._shelf.discarded()
-
-    def measure(self, token: str, task: Task) -> Usage:
-        """The size of an entry of the trash."""
-        return self._shelf.measure(token, task)
-
-    def delete(self, token: str, task: Task) -> None:
-        """Delete an entry of the trash."""
-        self._shelf.delete(token, task)
-
-    def ids(self) -> Iterator[int]:
-        """Every id with a directory."""
-        return self._shelf.ids()
-
     def whole(self, snapshot: Snapshot) -> bool:
         """Whether the directories are there, its own and every layer below: all of them are mounted."""
         names = ["fs", "work"] if snapshot.kind is Kind.ACTIVE else ["fs"]
@@ -228,10 +206,6 @@ class Overlayfs:
     def statistics(self) -> SyncStatistics:
         """How many commits asked for a flush, and how many flushes served them."""
         return self._filesystem_sync.statistics()
-
-    def close(self) -> None:
-        """Let go of the root."""
-        self._shelf.close()
 
     def _is_directory(self, path: str) -> bool:
         try:

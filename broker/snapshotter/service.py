@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -395,8 +395,14 @@ class Service:
             calls, ticket.unread = unread, {}
         else:
             calls = {index: unread.pop(index) for index in _slice(unread)}
-        operations: list[Operation] = []
-        self._answer_reads(ticket, request, calls.items(), deadline, operations)
+        namespace, token = request.namespace, _token_of(request)
+        operations = [
+            Operation(ticket, namespace, (call,), index, deadline, token, ticket.client)
+            for index, call in calls.items()
+            if type(call) in _WRITES
+        ]
+        if len(operations) < len(calls):
+            self._answer_reads(ticket, namespace, calls, deadline)
         self._calls += len(calls)
         self._writer.charge(len(calls) - len(operations), len(operations))
         if operations:
@@ -443,23 +449,14 @@ class Service:
 
         self._in_order(ticket, submit)
 
-    def _answer_reads(
-        self,
-        ticket: Ticket,
-        request: Request,
-        calls: Iterable[tuple[int, Any]],
-        deadline: int,
-        operations: list[Operation],
-    ) -> None:
-        """Answer the reads, begin the streams, and gather the writes in their order."""
-        namespace, reader = request.namespace, self._reader
-        token = _token_of(request)
+    def _answer_reads(self, ticket: Ticket, namespace: str, calls: Mapping[int, Any], deadline: int) -> None:
+        """Answer the reads among the calls, and begin the streams."""
+        reader = self._reader
         active: list[tuple[int, Snapshot]] = []
         with reader.transaction() as txn:
-            for index, call in calls:
+            for index, call in calls.items():
                 kind = type(call)
                 if kind in _WRITES:
-                    operations.append(Operation(ticket, namespace, (call,), index, deadline, token, ticket.client))
                     continue
                 try:
                     if kind is Stat:
