@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import itertools
 import os
+import random
 import shutil
 import subprocess
 import tempfile
@@ -67,33 +68,45 @@ class Disk:
         image = host / f"{kind}-{next(_images)}"
         with image.open("wb") as file:
             file.truncate(IMAGE_BYTES)
-        device = _attached(image)
+        device = attached(image)
         try:
-            _run(f"mkfs.{kind}", "-q", device)
+            run(f"mkfs.{kind}", "-q", device)
         finally:
-            _run("losetup", "--detach", device)
+            run("losetup", "--detach", device)
         return cls(kind, image, target)
 
-    def after(self, cut: Cut) -> Disk:
+    def after(self, cut: Cut) -> Self:
         """The filesystem that a cut has left, to be mounted at the same place."""
-        return Disk(self.kind, cut.image, self.target)
+        return type(self)(self.kind, cut.image, self.target)
 
-    def cut(self) -> Cut:
-        """Cut the power of a copy: this one goes on."""
-        image = self.image.with_name(f"{self.kind}-{next(_images)}")
-        with self.image.open("rb") as origin, image.open("wb") as clone:
-            before = time.monotonic_ns()
-            fcntl.ioctl(clone, _FICLONE, origin.fileno())
-            after = time.monotonic_ns()
-        return Cut(image, before, after)
+    def new_image(self) -> Path:
+        """Where another image can be."""
+        return self.image.with_name(f"{self.kind}-{next(_images)}")
+
+    def cut(self, chance: random.Random) -> Cut:
+        """Cut the power of a copy: this one goes on. Chance has no part in what is on it."""
+        image = self.new_image()
+        before = time.monotonic_ns()
+        clone(self.image, image)
+        return Cut(image, before, time.monotonic_ns())
+
+    def attach(self) -> str:
+        """The device that the image is behind."""
+        device = attached(self.image)
+        if run("losetup", "--noheadings", "--output", "DIO", device).strip() != "1":
+            self.detach(device)
+            raise RuntimeError(f"{device} does not write directly: a cut would keep what was never flushed")
+        return device
+
+    def detach(self, device: str) -> None:
+        """Let go of the device."""
+        run("losetup", "--detach", device)
 
     def __enter__(self) -> Self:
-        self._device = _attached(self.image)
+        self._device = self.attach()
         try:
-            if _run("losetup", "--noheadings", "--output", "DIO", self._device).strip() != "1":
-                raise RuntimeError(f"{self._device} does not write directly: a cut would keep what was never flushed")
             self.target.mkdir(exist_ok=True)
-            _run("mount", *_MOUNT_OPTIONS.get(self.kind, ()), self._device, self.target)
+            run("mount", *_MOUNT_OPTIONS.get(self.kind, ()), self._device, self.target)
         except BaseException:
             self._detach()
             raise
@@ -110,16 +123,25 @@ class Disk:
             self._detach()
 
     def _detach(self) -> None:
-        _run("losetup", "--detach", self._device)
-        self.image.unlink()
+        try:
+            self.detach(self._device)
+        finally:
+            self.image.unlink()
 
 
 _images = itertools.count(1)
 
 
-def _attached(image: Path) -> str:
+def attached(file: Path, *, direct: bool = True) -> str:
     """A loop device with the sectors of which a clone on xfs can be written directly: its blocks."""
-    return _run("losetup", "--direct-io=on", "--sector-size=4096", "--find", "--show", image).strip()
+    options = ["--direct-io=on"] if direct else []
+    return run("losetup", *options, "--sector-size=4096", "--find", "--show", file).strip()
+
+
+def clone(origin: Path, copy: Path) -> None:
+    """Make a file that shares all blocks of another one, in one instant."""
+    with origin.open("rb") as source, copy.open("wb") as target:
+        fcntl.ioctl(target, _FICLONE, source.fileno())
 
 
 @contextlib.contextmanager
@@ -132,16 +154,17 @@ def image_host() -> Iterator[Path]:
         undo.callback(shutil.rmtree, place)
         with image.open("wb") as file:
             file.truncate(HOST_BYTES)
-        _run("mkfs.xfs", "-q", "-m", "reflink=1", image)
-        device = _run("losetup", "--direct-io=on", "--find", "--show", image).strip()
-        undo.callback(_run, "losetup", "--detach", device)
-        _run("mount", device, target)
+        run("mkfs.xfs", "-q", "-m", "reflink=1", image)
+        device = run("losetup", "--direct-io=on", "--find", "--show", image).strip()
+        undo.callback(run, "losetup", "--detach", device)
+        run("mount", device, target)
         # Lazily: a test that failed may have left somebody inside, and the image is to go all the same.
-        undo.callback(_run, "umount", "--lazy", target)
+        undo.callback(run, "umount", "--lazy", target)
         yield target
 
 
-def _run(*command: str | os.PathLike[str]) -> str:
+def run(*command: str | os.PathLike[str]) -> str:
+    """What a command prints; RuntimeError where it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}: {done.stderr.strip()}")

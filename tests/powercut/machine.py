@@ -53,7 +53,14 @@ STARTS: Final = 0.15
 class Machine(Settling):
     """One filesystem, one daemon, its clients, and their books; a context manager."""
 
-    def __init__(self, filesystem: str, host: Path, seed: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        filesystem: str,
+        host: Path,
+        seed: str,
+        environment: dict[str, str] | None = None,
+        disk: type[Disk] = Disk,
+    ) -> None:
         super().__init__()
         self.seed = f"{seed}/{filesystem}"
         self._filesystem = filesystem
@@ -61,6 +68,7 @@ class Machine(Settling):
         self._undo = ExitStack()
         self._rounds = 0
         self._environment = environment
+        self._kind = disk
         self._disk: Disk | None = None
 
     def __enter__(self) -> Self:
@@ -70,7 +78,7 @@ class Machine(Settling):
             sections = {name: {"backend": name, "root": str(target / name)} for name in snapshotters}
             self.daemon = Daemon(sections, environment=self._environment)
             undo.callback(self._take_down)
-            self._insert(Disk.made(self._filesystem, self._host, target))
+            self._insert(self._kind.made(self._filesystem, self._host, target))
             self.daemon.start()
             for name in snapshotters:
                 self.sequences[name] = 0
@@ -115,7 +123,8 @@ class Machine(Settling):
         seed = f"{self.seed}/{self._rounds}"
         clients = self._clients(seed)
         try:
-            cut = self._cut(clients, random.Random(seed)) if work is None else self._cut_behind(work, clients)
+            chance = random.Random(seed)
+            cut = self._cut(clients, chance) if work is None else self._cut_behind(work, clients, chance)
             self._switch_off()
             disk = self._disk
             assert disk is not None
@@ -148,7 +157,7 @@ class Machine(Settling):
             self._switch_off()
             self.daemon.start(wait=False)
             pace.wait(chance.uniform(0, START_S))
-            return self._disk.cut()
+            return self._disk.cut(chance)
         enough, moment = chance.randint(0, ANSWERS_MAX), chance.uniform(0, MOMENT_S)
         for client in clients:
             client.start()
@@ -159,7 +168,7 @@ class Machine(Settling):
             )
             # The moment is what is random here: nothing is waited for.
             pace.wait(moment)
-            cut = self._disk.cut()
+            cut = self._disk.cut(chance)
         finally:
             for client in clients:
                 client.stop()
@@ -170,10 +179,10 @@ class Machine(Settling):
                 raise client.error
         return cut
 
-    def _cut_behind(self, work: Callable[[list[Client]], None], clients: list[Client]) -> Cut:
+    def _cut_behind(self, work: Callable[[list[Client]], None], clients: list[Client], chance: random.Random) -> Cut:
         assert self._disk is not None
         work(clients)
-        return self._disk.cut()
+        return self._disk.cut(chance)
 
     # What is left of the whole.
 

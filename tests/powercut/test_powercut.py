@@ -14,13 +14,14 @@ import pytest
 
 from snapbroker.protocol import Commit, MountsAnswer, Prepare
 from tests.powercut.client import Client
-from tests.powercut.disk import FILESYSTEMS, image_host
+from tests.powercut.disk import FILESYSTEMS, Disk, image_host
+from tests.powercut.logged import LoggedDisk
 from tests.powercut.machine import Machine
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
-CUTS = 2
-"""Cuts of each filesystem, on which two snapshotters lie."""
+CUTS = 1
+"""Cuts of each filesystem on each disk; two snapshotters lie on it."""
 CUTS_MAX = 10
 CARELESS_CUTS = 10
 """Cuts that a broker which flushes nothing cannot get through."""
@@ -29,6 +30,11 @@ import os
 os.fsync = lambda fd: None
 import backends.syscalls
 backends.syscalls.syncfs = lambda fd: None
+"""
+HASTY = """
+import functools
+import lmdb
+lmdb.open = functools.partial(lmdb.open, sync=False)
 """
 FORGETFUL = """
 from backends.native import Native
@@ -47,10 +53,11 @@ def host() -> Iterator[Path]:
         yield path
 
 
+@pytest.mark.parametrize("disk", [Disk, LoggedDisk], ids=["clone", "log"])
 @pytest.mark.parametrize("filesystem", FILESYSTEMS)
-def test_power_cuts(filesystem: str, host: Path) -> None:
+def test_power_cuts(filesystem: str, disk: type[Disk], host: Path) -> None:
     seed = os.environ.get("SNAPBROKER_SEED") or str(random.SystemRandom().getrandbits(32))
-    with Machine(filesystem, host, seed) as under_test:
+    with Machine(filesystem, host, seed, disk=disk) as under_test:
         rounds(under_test, CUTS)
         # On a busy machine the first cuts may come before anything was acknowledged.
         while not under_test.figures["records"] and under_test.figures["cuts"] < CUTS_MAX:
@@ -67,8 +74,16 @@ def test_a_broker_that_flushes_nothing_is_found_out(host: Path, tmp_path: Path) 
     assert any("power cut careless/ext4" in note for note in found.value.__notes__)
 
 
-def test_files_of_a_sync_commit_are_whole(host: Path) -> None:
-    with Machine("ext4", host, "sync") as under_test:
+def test_a_broker_that_flushes_no_record_is_found_out(host: Path, tmp_path: Path) -> None:
+    """The log is read as it should be: what was not flushed is not there."""
+    hasty = Machine("ext4", host, "hasty", changed(tmp_path, HASTY), LoggedDisk)
+    with hasty, pytest.raises(AssertionError, match=r"acknowledged|broken|missing|damaged|gap"):
+        rounds(hasty, CARELESS_CUTS)
+
+
+@pytest.mark.parametrize("disk", [Disk, LoggedDisk], ids=["clone", "log"])
+def test_files_of_a_sync_commit_are_whole(disk: type[Disk], host: Path) -> None:
+    with Machine("ext4", host, "sync", disk=disk) as under_test:
         under_test.round(write_and_commit)
     assert under_test.figures["files"] >= 6
 

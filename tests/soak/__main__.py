@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.failpoints.matrix import BACKENDS, crash_everywhere
-from tests.powercut.disk import FILESYSTEMS, image_host
+from tests.powercut.disk import FILESYSTEMS, Disk, image_host
+from tests.powercut.logged import LoggedDisk
 from tests.powercut.machine import Machine
 from tests.soak.run import Soak
 
 CHAIN: Final = 12
 """Cuts of one filesystem, each on what the one before has left."""
+DISKS: Final[tuple[type[Disk], ...]] = (Disk, LoggedDisk)
+"""What the power is cut of, in turn."""
 
 
 def main() -> int:
@@ -54,23 +57,26 @@ def main() -> int:
 
 
 def cut(seed: int, chains: list[int], cuts: int, failures: list[str]) -> dict[str, Any]:
-    """Chains of power cuts, on each filesystem in turn; a chain that fails ends, the others go on."""
+    """Chains of power cuts, on each filesystem and kind of disk in turn; a chain that fails ends, the others go on."""
     begun = time.monotonic()
     figures: dict[str, Counter[str]] = {filesystem: Counter() for filesystem in FILESYSTEMS}
     with image_host() as host:
         for chain in chains:
             filesystem = FILESYSTEMS[chain % len(FILESYSTEMS)]
-            machine = Machine(filesystem, host, f"{seed}/{chain}")
+            disk = DISKS[chain // len(FILESYSTEMS) % len(DISKS)]
+            name = f"chain {chain}, {filesystem}, {disk.__name__}"
+            machine = Machine(filesystem, host, f"{seed}/{chain}", disk=disk)
             try:
                 with machine:
                     for _ in range(min(CHAIN, cuts - CHAIN * chain) if len(chains) > 1 else CHAIN):
                         machine.round()
             except Exception as error:
                 notes = "; ".join(getattr(error, "__notes__", []))
-                failures.append(f"chain {chain}, {filesystem}: {type(error).__name__}: {error} {notes}"[:8000])
+                failures.append(f"{name}: {type(error).__name__}: {error} {notes}"[:8000])
                 say(f"FAILED {failures[-1]}")
             figures[filesystem].update(machine.figures)
-            say(f"{sum(each['cuts'] for each in figures.values())} cuts, chain {chain}: {dict(machine.figures)}")
+            done = sum(each["cuts"] for each in figures.values())
+            say(f"{done} cuts, {name}: {dict(machine.figures)}")
     total = sum(figures.values(), Counter[str]())
     return {"seconds": round(time.monotonic() - begun), "total": dict(total)} | {
         filesystem: dict(each) for filesystem, each in figures.items()
