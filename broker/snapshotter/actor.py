@@ -113,7 +113,7 @@ class SnapshotterActor:
         snapshots = Snapshots(self._environment, writes=True, note=self._ledger.note)
         self._journal = Journal(self._environment, setup.name, limits.journal)
         ids = Ids(self._environment, snapshots)
-        place = Place(setup.backend, setup.root, setup.options)
+        place = Place(setup.backend, setup.root, setup.options, limits.space)
         self._deleter = Hand(place, DELETER_NICENESS, self._lock)
         mix = self._mix = Mix()
         self._pool: Pool | None = None

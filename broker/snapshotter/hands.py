@@ -26,6 +26,7 @@ from backends import failpoints
 from backends.api import Snapshot, Task
 from backends.failpoints import reach
 from broker.actor.lineage import die_with_parent
+from broker.snapshotter.space import SpaceLimits, lacking
 from snapbroker.contract import Kind
 from snapbroker.errors import BrokerError, Cancelled, Unavailable
 from snapbroker.protocol import Fault, error_of, fault
@@ -35,17 +36,21 @@ if TYPE_CHECKING:
 
 IDLE_S: Final = 20.0
 """After this long without a request the child is let go."""
+LOOK_ENTRIES: Final = 256
+LOOK_BYTES: Final = 4 << 20
+"""After so many entries, or bytes, a copy looks how much room is left: a few microseconds of a few milliseconds."""
 PROGRESS_S: Final = 0.25
 """How often a long deletion tells how far it is."""
 _LENGTH: Final = struct.Struct(">I")
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Which backend the child opens."""
+    """Which backend the child opens, and what it leaves free there."""
 
     backend: str
     root: str
     options: dict[str, Any]
+    space: SpaceLimits = SpaceLimits()
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -236,17 +241,17 @@ def main() -> None:
         sys.exit(f"a helper process of {place.root} cannot start: {error}")
     while (body := read(sys.stdin.buffer)) is not None:
         reach("hands.asked")
-        answer = serve(backend, _decode_job(body))
+        answer = serve(backend, _decode_job(body), place)
         reach("hands.done")
         answer.done = True
         write(sys.stdout.buffer, answer)
 
 
-def serve(backend: Any, job: Job) -> Answer:
+def serve(backend: Any, job: Job, place: Place) -> Answer:
     """Do one job; the errors travel."""
     try:
         if job.build:
-            return Answer(built=[build(backend, wanted) for wanted in job.build])
+            return Answer(built=[build(backend, wanted, place) for wanted in job.build])
         return stock(backend, job.stock) if job.stock else delete(backend, job.delete)
     except (OSError, BrokerError) as error:
         return failed(error)
@@ -265,9 +270,9 @@ def stock(backend: Any, ids: list[int]) -> Answer:
     return Answer(entries=len(ids))
 
 
-def build(backend: Any, wanted: Wanted) -> Answer:
+def build(backend: Any, wanted: Wanted, place: Place) -> Answer:
     """Build a snapshot; how much was copied, or why it failed."""
-    task = Telling()
+    task = Copying(place)
     try:
         backend.build(Snapshot(wanted.id, wanted.kind, wanted.parents, wanted.labels), task)
     except (OSError, BrokerError) as error:
@@ -302,6 +307,25 @@ class Telling(Task):
         self._told_entries += answer.entries
         self._told_bytes += answer.bytes
         return answer
+
+
+class Copying(Telling):
+    """The same of a copy, which ends where the reserve of its filesystem begins: its size is not known before."""
+
+    __slots__ = ("_look_at", "_place")
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self._place = place
+        self._look_at = (LOOK_ENTRIES, LOOK_BYTES)
+
+    def advance(self, entries: int = 1, size: int = 0) -> None:
+        """Count, tell, and look now and then how much room is left."""
+        super().advance(entries, size)
+        if self.entries >= self._look_at[0] or self.bytes >= self._look_at[1]:
+            self._look_at = (self.entries + LOOK_ENTRIES, self.bytes + LOOK_BYTES)
+            if lack := lacking(Path(self._place.root), self._place.space):
+                raise lack()
 
 
 def delete(backend: Any, tokens: list[str]) -> Answer:

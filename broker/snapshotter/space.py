@@ -3,6 +3,7 @@
 A filesystem that is full to its last block serves nobody: a write in somebody's workspace fails half way, and the
 database has no page left to note a removal on. So a prepare or view is refused before that, with the error that
 says when to come again, and removals, commits, reads and the writes into what is mounted already have the reserve.
+How large a copy will be is known when it is made: one that comes to the reserve is stopped there, and taken away again.
 
 Those writes, or somebody else's, can take the reserve too. Then the ballast is let go, a file that holds nothing but
 space: enough for the trials of a start and for the pages of a database that only wants to forget. It is taken up again
@@ -113,26 +114,10 @@ class Space:
         moment = self._clock()
         if moment - self._looked >= _LOOK_NS:
             self._looked = moment
-            self._lack = next((lack for place in self._places if (lack := self._look(place))), None)
+            self._lack = next((lack for place in self._places if (lack := lacking(place, self._limits))), None)
         if self._lack is not None:
             self._refused += 1
             raise self._lack()
-
-    def _look(self, place: Path) -> Callable[[], BrokerError] | None:
-        """The error that tells the caller what lacks at a place."""
-        found = os.statvfs(place)
-        if found.f_flag & os.ST_RDONLY:
-            # A directory made ahead of time would be handed out all the same.
-            return partial(Internal, f"{os.strerror(errno.EROFS)} ({place})", {"errno": errno.EROFS})
-        free, inodes = _free_bytes(found), found.f_favail
-        if free < self._limits.reserve_bytes:
-            what = f"{free} bytes are free at {place}, the reserve is {self._limits.reserve_bytes}"
-        elif found.f_files and inodes < self._limits.reserve_inodes:
-            what = f"{inodes} inodes are free at {place}, the reserve is {self._limits.reserve_inodes}"
-        else:
-            return None
-        details = {"retry_after_ms": RETRY_MS, "free_bytes": free, "free_inodes": inodes}
-        return partial(ResourceExhausted, f"{what}: remove snapshots, or make the filesystem larger", details)
 
     def statistics(self) -> dict[str, int]:
         """For `status`: what is free at the fullest place, and how many calls were refused; of a failed disk 0."""
@@ -146,6 +131,23 @@ class Space:
             "reserve_inodes": self._limits.reserve_inodes,
             "refused": self._refused,
         }
+
+
+def lacking(place: Path, limits: SpaceLimits) -> Callable[[], BrokerError] | None:
+    """The error that tells a caller what lacks at a place; None where there is more than the reserve."""
+    found = os.statvfs(place)
+    if found.f_flag & os.ST_RDONLY:
+        # A directory made ahead of time would be handed out all the same.
+        return partial(Internal, f"{os.strerror(errno.EROFS)} ({place})", {"errno": errno.EROFS})
+    free, inodes = _free_bytes(found), found.f_favail
+    if free < limits.reserve_bytes:
+        what = f"{free} bytes are free at {place}, the reserve is {limits.reserve_bytes}"
+    elif found.f_files and inodes < limits.reserve_inodes:
+        what = f"{inodes} inodes are free at {place}, the reserve is {limits.reserve_inodes}"
+    else:
+        return None
+    details = {"retry_after_ms": RETRY_MS, "free_bytes": free, "free_inodes": inodes}
+    return partial(ResourceExhausted, f"{what}: remove snapshots, or make the filesystem larger", details)
 
 
 def _free_bytes(found: os.statvfs_result) -> int:

@@ -166,6 +166,32 @@ def test_what_creates_is_refused_before_inodes_run_out(snapshotter: str, start_d
         daemon.stop()
 
 
+def test_a_copy_ends_where_the_reserve_begins(start_daemon: StartDaemon) -> None:
+    reserve = 40 << 20
+    with loop_filesystem("ext4", 200 << 20, "-m", "0") as path:
+        section = {"root": str(path / "root"), "limits": {"space": {"reserve_bytes": reserve}}}
+        daemon = start_daemon({"native": section, "memory": {"backend": "memory"}})
+        with daemon.client("native", patience=0) as broker, Bystander(daemon, "memory") as bystander:
+            with broker.workspace(commit_as="base") as workspace:
+                for number in range(5):
+                    (workspace / f"file-{number}").write_bytes(bytes([number]) * (10 << 20))
+            broker.prepare("fits", "base")
+            before = os.statvfs(path)
+            assert before.f_bavail * before.f_frsize > reserve, "it is not refused at once"
+            for key in ("large", "large"):
+                with pytest.raises(ResourceExhausted, match="the reserve is") as refused:
+                    broker.prepare(key, "base")
+                # Not much of the reserve was taken, and everything is back.
+                assert reserve - (16 << 20) < refused.value.details["free_bytes"] < reserve
+                after = os.statvfs(path)
+                assert after.f_bavail * after.f_frsize > reserve
+            bystander.wait_for_rounds()
+            broker.remove("fits")
+            broker.cleanup()
+            wait_until(lambda: succeeds(lambda: broker.prepare("large", "base")), "room again")
+        daemon.stop()
+
+
 def succeeds(call: Callable[[], object]) -> bool:
     try:
         call()
