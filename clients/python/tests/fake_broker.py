@@ -29,6 +29,8 @@ from snapbroker.errors import (
 from snapbroker.protocol import DONE, MORE, REQUEST_VERSION, Outcome, Reply
 
 WAIT_SECONDS = 20.0
+FRAMES = 5
+"""Of a request, the identity of who sent it included."""
 
 
 class Received:
@@ -78,6 +80,7 @@ class FakeBroker:
         self.before_journal: Callable[[], None] = lambda: None
         self.newest_of_topic: dict[str, int] = {}
         self.beat = 0
+        self.dropped = 0
         self._changed = threading.Condition()
         self._tasks: deque[Callable[[], None]] = deque()
         self._numbers = itertools.count(1)
@@ -167,7 +170,12 @@ class FakeBroker:
             message = self.publisher.recv()
             (self.subscriptions.add if message[:1] == b"\1" else self.subscriptions.discard)(message[1:])
         else:
-            received = Received(self, self.router.recv_multipart())
+            frames = self.router.recv_multipart()
+            if len(frames) != FRAMES:
+                # As the router does.
+                self.dropped += 1
+                return
+            received = Received(self, frames)
             self.received.append(received)
             if isinstance(received.calls[0], protocol.Cancel):
                 received.done(Outcome(call=0, ok=encoded(protocol.Empty())))

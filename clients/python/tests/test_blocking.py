@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
 import threading
@@ -16,7 +17,7 @@ import pytest
 from fake_broker import FakeBroker, Received
 
 import snapbroker
-from snapbroker import protocol, sockets, subscriber
+from snapbroker import messages, protocol, sockets, subscriber
 from snapbroker.blocking import Broker
 from snapbroker.contract import Event, Info, Kind, Usage
 from snapbroker.errors import (
@@ -233,6 +234,30 @@ def test_an_interrupt_takes_the_call_back(broker: Broker, fake: FakeBroker):
     with pytest.raises(KeyboardInterrupt):
         broker.prepare("k")
     fake.wait(lambda: fake.cancelled() == [fake.received[0].request_id])
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+@pytest.mark.parametrize("step", ["_send", "_receive"])
+def test_an_interrupt_between_two_frames_harms_no_later_call(
+    broker: Broker, fake: FakeBroker, monkeypatch: pytest.MonkeyPatch, step: str, number: int
+):
+    """Whatever was sent or taken of the message: what follows is a message of its own."""
+    real, left = getattr(messages, step), itertools.count(-number)
+
+    def interrupted(*arguments: Any) -> Any:
+        result = real(*arguments)
+        # Only of this thread: the fake broker has a thread of its own.
+        if threading.current_thread() is threading.main_thread() and next(left) == 0:
+            raise KeyboardInterrupt
+        return result
+
+    with monkeypatch.context() as patched:
+        patched.setattr(messages, step, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            broker.prepare("k")
+    for name in ("a", "b"):
+        assert broker.prepare(name)
+        assert broker.stat(name).name == name
 
 
 # A broker that is not there.

@@ -140,12 +140,20 @@ class _Channel:
             self._slice_ms = milliseconds
 
     def take_back(self, pursuit: Pursuit) -> None:
-        """Tell the broker that nobody waits for the request; what it still answers is passed over."""
+        """Tell the broker that nobody waits for the request; what it still answers is passed over.
+
+        Where an interrupt has left half a request, this is its end: the router drops both.
+        """
         number = next(self._numbers).to_bytes(8, "big")
         body = session.encode_cancel(pursuit.request_id, pursuit.namespace)
         # Without a connection there is nobody to tell: the broker has lost the request with it.
         with suppress(zmq.ZMQError):
             messages.send(self._socket, (REQUEST_VERSION, number, pursuit.target, body))
+
+    @property
+    def lost(self) -> bool:
+        """Whether nobody knows what is connected."""
+        return self._line.lost
 
     def close(self) -> None:
         """Close the socket and its monitor."""
@@ -189,8 +197,12 @@ class _Connection:
             return self._opened(lambda: _Channel(self))
 
     def give(self, channel: _Channel) -> None:
-        """Put the channel back."""
-        self._idle.append(channel)
+        """Put the channel back, if it is of use."""
+        if channel.lost:
+            with self._lock:
+                channel.close()
+        else:
+            self._idle.append(channel)
         if self.closed:
             self._close_idle()
 

@@ -17,6 +17,7 @@ NOBLOCK: Final = int(zmq.NOBLOCK)
 _MORE: Final = int(zmq.SNDMORE)
 _EVENTS: Final = int(zmq.EVENTS)
 _READABLE: Final = int(zmq.POLLIN)
+_RECEIVED_MORE: Final = int(zmq.RCVMORE)
 _send = Binding.send
 _receive = Binding.recv
 _get = Binding.get
@@ -26,16 +27,25 @@ Socket = zmq.Socket[bytes]
 
 def receive(socket: Socket, flags: int = 0) -> list[bytes]:
     """One message; zmq.Again where none is there with `NOBLOCK`, or comes in the socket's RCVTIMEO without."""
-    frame: Any = _receive(socket, flags, False)
-    frames = [frame.bytes]
-    while frame.more:
-        frame = _receive(socket, NOBLOCK, False)
-        frames.append(frame.bytes)
+    try:
+        frame: Any = _receive(socket, flags, False)
+        frames = [frame.bytes]
+        while frame.more:
+            frame = _receive(socket, NOBLOCK, False)
+            frames.append(frame.bytes)
+    except KeyboardInterrupt:
+        # The rest of this message is not the beginning of the next one.
+        while _get(socket, _RECEIVED_MORE):
+            _receive(socket, NOBLOCK, False)
+        raise
     return frames
 
 
 def send(socket: Socket, frames: Sequence[bytes]) -> None:
-    """Send one message without waiting; zmq.Again where the socket does not take it."""
+    """Send one message without waiting; zmq.Again where the socket does not take it.
+
+    An interrupt may leave a part of it, before the next message: a router drops what has too many frames.
+    """
     last = len(frames) - 1
     for number, frame in enumerate(frames):
         _send(socket, frame, NOBLOCK | _MORE if number < last else NOBLOCK)

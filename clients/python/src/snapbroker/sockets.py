@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Final
 
@@ -223,13 +224,15 @@ class Line:
         self._curve = curve
         self._hung_up = False
         self.connected = False
+        self.lost = False
+        """Whether an interrupt may have lost an event: nobody knows then what is connected."""
         self.refused: str | None = None
 
     def learn(self) -> bool:
         """Take what the monitor has to tell; answers whether a connection broke since the last time."""
         broke = False
         while messages.readable(self._monitor):
-            told = parse_monitor_message(messages.receive(self._monitor, messages.NOBLOCK))
+            told = self._told()
             event = told["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.connected, self.refused, self._hung_up = True, None, False
@@ -246,6 +249,12 @@ class Line:
                 mismatch = told["value"] == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
                 self.refused = (mismatched if mismatch else mistaken)(self._endpoint, self._curve)
         return broke
+
+    def _told(self) -> Mapping[str, object]:
+        self.lost = True
+        told = parse_monitor_message(messages.receive(self._monitor, messages.NOBLOCK))
+        self.lost = False
+        return told
 
     def refusal(self) -> BrokerError | None:
         """Why there will be no connection by waiting; None where there may be one."""
