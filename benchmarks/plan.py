@@ -14,8 +14,8 @@ class Plan:
     rounds: int = 3
     seconds: float = 2.0
     """How long one load runs."""
-    warmup: float = 0.3
-    """How long it runs before that, uncounted."""
+    warmup: float = 1.2
+    """How long it runs before that, uncounted: whoever made the base counts as a second client for a second."""
     callers: tuple[int, ...] = (1, 8, 64, 256)
     base_files: int = 10
     """Files in the base that is prepared from."""
