@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 _PAIR: Final = struct.Struct(">QQ")
 _U64: Final = struct.Struct(">Q")
 _NEXT_ID: Final = b"next_id"
-_CHAIN_IDS_MAX: Final = 1 << 20
-"""Ids kept in the cache of chains: 8 MiB of pointers at most."""
+CHAINS_BYTES_MAX: Final = 4 << 20
+"""Memory for the cache of chains, about 19,000 short ones."""
+_CHAIN_BYTES: Final = 210
+"""What one takes there beside 8 bytes for each of its ids."""
 
 
 Change = tuple[bytes, bytes | None]
@@ -76,7 +78,7 @@ class Snapshots:
         self._references = environment.references
         self._meta = environment.meta
         self._chains: OrderedDict[int, tuple[int, ...]] = OrderedDict()
-        self._chain_ids = 0
+        self._chain_bytes = 0
         self._fresh: list[int] = []
 
     # One record.
@@ -162,12 +164,12 @@ class Snapshots:
 
     def _remember(self, chain: tuple[int, ...]) -> None:
         self._chains[chain[0]] = chain
-        self._chain_ids += len(chain)
+        self._chain_bytes += _chain_bytes(chain)
         if self._writes:
             self._fresh.append(chain[0])
-        while self._chain_ids > _CHAIN_IDS_MAX and len(self._chains) > 1:
+        while self._chain_bytes > CHAINS_BYTES_MAX and len(self._chains) > 1:
             _, dropped = self._chains.popitem(last=False)
-            self._chain_ids -= len(dropped)
+            self._chain_bytes -= _chain_bytes(dropped)
 
     def settle(self) -> None:
         """The transaction is committed: what was learnt of chains in it holds."""
@@ -186,7 +188,7 @@ class Snapshots:
         del self._changes[changed:]
         for id_ in self._fresh[mark:]:
             dropped = self._chains.pop(id_, None)
-            self._chain_ids -= len(dropped) if dropped else 0
+            self._chain_bytes -= _chain_bytes(dropped) if dropped else 0
         del self._fresh[mark:]
 
     # References: "do you have this?" (C93-C96).
@@ -296,6 +298,10 @@ class Snapshots:
     def reserve_ids(self, txn: Transaction, first: int, count: int) -> None:
         """Note that ids up to `first + count - 1` may be used from this commit on."""
         txn.put(_NEXT_ID, _U64.pack(first + count), db=self._meta)
+
+
+def _chain_bytes(chain: tuple[int, ...]) -> int:
+    return _CHAIN_BYTES + 8 * len(chain)
 
 
 def decoded(key: bytes, value: bytes | memoryview) -> Record:

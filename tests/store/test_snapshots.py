@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from broker.store import Environment, Record, Snapshots, index_key
 from broker.store.records import encode_info
-from broker.store.snapshots import row_info, row_name, row_record
+from broker.store.snapshots import CHAINS_BYTES_MAX, row_info, row_name, row_record
 from snapbroker.contract import SNAPSHOT_REF_LABEL, Info, Kind
 from snapbroker.errors import Internal
 from tests.store.conftest import SMALL
@@ -139,6 +140,19 @@ def test_children(environment: Environment, snapshots: Snapshots) -> None:
     environment.write(lambda txn: snapshots.delete(txn, index_key("ns", "two"), two))
     with environment.read() as txn:
         assert not snapshots.has_children(txn, 1)
+
+
+def test_the_memory_for_chains_has_a_limit(environment: Environment, snapshots: Snapshots) -> None:
+    one = record("base", 1)
+    tracemalloc.start()
+    try:
+        with environment.read() as txn:
+            for id_ in range(1, 60_000):
+                assert snapshots.chain(txn, "ns", "base", one._replace(id=id_)) == (id_,)
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert CHAINS_BYTES_MAX // 2 < taken < 3 * CHAINS_BYTES_MAX // 2
 
 
 def test_chains(environment: Environment, snapshots: Snapshots) -> None:
