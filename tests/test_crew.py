@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 from functools import partial
@@ -380,3 +382,10 @@ class TestProcesses:
             found = {path.name: path.read_bytes() for path in (backend.root / f"snapshots/{id_}").iterdir()}
             assert found == (expected if id_ % 10 else {})
         assert list(backend.discarded()) == []
+
+
+def test_a_hand_imports_little() -> None:
+    """A copy that is large waits for the child's start: structlog alone takes as long as all the rest."""
+    code = "import sys; before = set(sys.modules); import broker.snapshotter.hands; print(*set(sys.modules) - before)"
+    loaded = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not {"structlog", "asyncio", "lmdb", "zmq", "anyio"} & set(loaded.split())

@@ -26,7 +26,7 @@ from backends import failpoints
 from backends.api import Snapshot, Task
 from backends.failpoints import reach
 from broker.actor.lineage import die_with_parent
-from broker.snapshotter.space import SpaceLimits, lacking
+from broker.snapshotter.reserve import SpaceLimits, lacking
 from snapbroker.contract import Kind
 from snapbroker.errors import BrokerError, Cancelled, Unavailable
 from snapbroker.protocol import Fault, error_of, fault

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from broker.snapshotter.pool import PoolLimits
+from broker.snapshotter.reserve import SpaceLimits
 from broker.snapshotter.service import ServiceLimits
-from broker.snapshotter.space import SpaceLimits
 from broker.snapshotter.writer import WriterLimits
 from broker.store import LedgerLimits, OutcomeRetention, Retention, StoreLimits
 

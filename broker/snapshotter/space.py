@@ -13,37 +13,23 @@ when there is room.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import structlog
 
 from backends.failpoints import reach
-from snapbroker.errors import BrokerError, Internal, ResourceExhausted
+from broker.snapshotter.reserve import SpaceLimits, free_bytes, lacking
+from snapbroker.errors import BrokerError
 
 log = structlog.get_logger()
 
 BALLAST: Final = "ballast"
 _LOOK_NS: Final = 10_000_000
 """How long a look at the filesystem is believed: far shorter than anything can fill a reserve."""
-RETRY_MS: Final = 1000
-
-
-class SpaceLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is kept free on the filesystems of the root and of the metadata."""
-
-    reserve_bytes: int = 16 * 1024 * 1024
-    """With less free space than this nothing is created."""
-    reserve_inodes: int = 256
-    """With fewer free inodes than this nothing is created; filesystems without a fixed number are not asked."""
-    ballast_bytes: int = 4 * 1024 * 1024
-    """Size of the file that is deleted when less than a quarter of this is free; 0: none."""
 
 
 def of_each_filesystem(places: Sequence[Path]) -> list[Path]:
@@ -61,7 +47,7 @@ class Ballast:
     def tend(self, reserve_bytes: int) -> None:
         """Let go where it is needed, take up where there is room for it and the reserve."""
         for file in self._files:
-            free = _free_bytes(os.statvfs(file.parent))
+            free = free_bytes(os.statvfs(file.parent))
             if free < self._size // 4 or not self._size:
                 self._let_go(file)
             elif free > self._size + reserve_bytes and self._lacks(file):
@@ -125,30 +111,9 @@ class Space:
         with contextlib.suppress(OSError):
             looks = [os.statvfs(place) for place in self._places]
         return {
-            "free": min((_free_bytes(look) for look in looks), default=0),
+            "free": min((free_bytes(look) for look in looks), default=0),
             "inodes": min((look.f_favail for look in looks if look.f_files), default=0),
             "reserve": self._limits.reserve_bytes,
             "reserve_inodes": self._limits.reserve_inodes,
             "refused": self._refused,
         }
-
-
-def lacking(place: Path, limits: SpaceLimits) -> Callable[[], BrokerError] | None:
-    """The error that tells a caller what lacks at a place; None where there is more than the reserve."""
-    found = os.statvfs(place)
-    if found.f_flag & os.ST_RDONLY:
-        # A directory made ahead of time would be handed out all the same.
-        return partial(Internal, f"{os.strerror(errno.EROFS)} ({place})", {"errno": errno.EROFS})
-    free, inodes = _free_bytes(found), found.f_favail
-    if free < limits.reserve_bytes:
-        what = f"{free} bytes are free at {place}, the reserve is {limits.reserve_bytes}"
-    elif found.f_files and inodes < limits.reserve_inodes:
-        what = f"{inodes} inodes are free at {place}, the reserve is {limits.reserve_inodes}"
-    else:
-        return None
-    details = {"retry_after_ms": RETRY_MS, "free_bytes": free, "free_inodes": inodes}
-    return partial(ResourceExhausted, f"{what}: remove snapshots, or make the filesystem larger", details)
-
-
-def _free_bytes(found: os.statvfs_result) -> int:
-    return found.f_bavail * found.f_frsize

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from broker.snapshotter.actor import Setup, SnapshotterActor
 from broker.snapshotter.limits import SnapshotterLimits
+from broker.snapshotter.reserve import SpaceLimits
 from broker.snapshotter.service import ServiceLimits
-from broker.snapshotter.space import SpaceLimits
 from broker.store import Retention
 from broker.store.records import decode_record
 from snapbroker import protocol
