@@ -174,9 +174,11 @@ def test_planted_left_overs_are_collected(disk_daemon: Daemon, disk_snapshotter:
     (root / "snapshots" / str(unused - 1)).mkdir()
     # A stranger's name is never an id, and is left alone.
     (root / "snapshots" / "notes").mkdir()
-    (root / "trash" / "12" / "deep" / "er").mkdir(parents=True)
-    (root / "trash" / "12" / "deep" / "file").write_bytes(b"half deleted")
-    (root / "trash" / "13").write_bytes(b"a file")
+    # Of ids that nobody had: what was being stocked when the daemon ended is there already.
+    half = root / "trash" / str(unused - 2) / "deep"
+    (half / "er").mkdir(parents=True)
+    (half / "file").write_bytes(b"half deleted")
+    (root / "trash" / str(unused - 3)).write_bytes(b"a file")
     daemon.start()
     assert recovered(daemon, disk_snapshotter)["leftovers"] >= 2
     assert not planted.exists()
