@@ -66,15 +66,15 @@ def test_transactions_go_on_meanwhile_and_lose_nothing(place: Path) -> None:
     # Always at it, whether it is wanted or not: the ends of both meet as often as can be.
     thread = threading.Thread(target=extend)
     thread.start()
-    for number in range(3000):
+    for number in range(1000):
         write(environment, number)
         environment.runs_short()
     ended.set()
     thread.join()
-    assert contents(environment) == 3000
+    assert contents(environment) == 1000
     environment.close()
     again = Environment(place / "meanwhile", LIMITS)
-    assert contents(again) == 3000
+    assert contents(again) == 1000
     again.close()
 
 
