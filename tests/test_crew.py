@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 
 from backends.api import Snapshot, Task
+from backends.files import Shelf
 from backends.native import Native, NativeOptions
 from broker.snapshotter import crew as crews
+from broker.snapshotter import hands
 from broker.snapshotter.crew import BATCH, SMALL_ENTRIES, Crew, Order
 from broker.snapshotter.hands import Answer, Place
 from snapbroker.contract import Kind
 from snapbroker.errors import Cancelled, DeadlineExceeded, Unavailable
+from tests.harness import loop_filesystem
 
 WAIT_S = 30
 SMALL, LARGE = 1, 2
@@ -389,3 +392,20 @@ def test_a_hand_imports_little() -> None:
     code = "import sys; before = set(sys.modules); import broker.snapshotter.hands; print(*set(sys.modules) - before)"
     loaded = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {"structlog", "asyncio", "lmdb", "zmq", "anyio"} & set(loaded.split())
+
+
+@pytest.mark.root
+def test_a_hand_that_cannot_open_its_place_says_what_the_disk_says() -> None:
+    with loop_filesystem("ext4", 64 << 20) as path:
+        Shelf(path / "root").close()
+        subprocess.run(["mount", "-o", "remount,ro", path], check=True)
+        lock = os.open(path, os.O_RDONLY)
+        hand = hands.Hand(Place("overlayfs", str(path / "root"), {}), 0, lock)
+        try:
+            for _ in range(2):
+                with pytest.raises(OSError, match="Read-only") as refused:
+                    hand.stock([1], Task())
+                assert refused.value.errno == errno.EROFS
+        finally:
+            hand.let_go()
+            os.close(lock)

@@ -234,14 +234,20 @@ def main() -> None:
     if body is None:
         return
     place = msgspec.msgpack.decode(body, type=Place)
-    kind = registry.load(place.backend)
-    try:
-        backend: Any = kind.open_again(Path(place.root), msgspec.convert(place.options, kind.Options))
-    except (OSError, BrokerError) as error:
-        sys.exit(f"a helper process of {place.root} cannot start: {error}")
+    kind: Any = registry.load(place.backend)
+    backend: Any = None
     while (body := read(sys.stdin.buffer)) is not None:
         reach("hands.asked")
-        answer = serve(backend, _decode_job(body), place)
+        job = _decode_job(body)
+        try:
+            backend = backend or kind.open_again(Path(place.root), msgspec.convert(place.options, kind.Options))
+        except (OSError, BrokerError) as error:
+            if not job.stock:
+                sys.exit(f"a helper process of {place.root} cannot start: {error}")
+            # What waits for a directory is told what the disk says, such as that nothing can be written there.
+            answer = failed(error)
+        else:
+            answer = serve(backend, job, place)
         reach("hands.done")
         answer.done = True
         write(sys.stdout.buffer, answer)
