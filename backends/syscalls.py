@@ -121,6 +121,11 @@ def big_ioctl(fd: int, request: int, buffer: bytearray) -> int:
     return _check(_libc.ioctl(fd, request, ctypes.addressof(view)), f"/proc/self/fd/{fd}")
 
 
+def free_bytes(found: os.statvfs_result) -> int:
+    """What of a filesystem others than root may still take."""
+    return found.f_bavail * found.f_frsize
+
+
 def filesystem_magic(fd: int) -> int:
     """The kind of filesystem that `fd` is on, as statfs(2) numbers them: see the `*_MAGIC` constants."""
     buffer = ctypes.create_string_buffer(_STATFS_BYTES)

@@ -117,7 +117,7 @@ class Hand:
 
     def stock(self, ids: Sequence[int], task: Task) -> None:
         """As `backends.api.Pooled.stock`."""
-        raise_failure(self._ask(Job(stock=list(ids)), task))
+        self._ask(Job(stock=list(ids)), task)
 
     def build(self, snapshots: Sequence[Snapshot], task: Task) -> list[Answer]:
         """As `backends.api.Copying.build` for each; an answer each, with its failure or how much was copied.
@@ -137,19 +137,21 @@ class Hand:
         stdin, stdout = child.stdin, child.stdout
         if stdin is None or stdout is None:
             raise Unavailable("the helper process has no pipes")
+        answer = Answer()
         try:
             write(stdin, job)
-            while (body := read(stdout)) is not None:
+            while not answer.done and (body := read(stdout)) is not None:
                 answer = _decode_answer(body)
                 task.advance(answer.entries, answer.bytes)
-                if answer.done:
-                    return answer
         except Cancelled:
             self.let_go()
             raise
         except (OSError, ValueError) as error:
             self.let_go()
             raise Unavailable(f"the helper process is gone: {error}") from error
+        if answer.done:
+            raise_failure(answer)
+            return answer
         self.let_go()
         if self._closed:
             raise Cancelled("the actor is stopping")
@@ -238,29 +240,22 @@ def main() -> None:
     backend: Any = None
     while (body := read(sys.stdin.buffer)) is not None:
         reach("hands.asked")
-        job = _decode_job(body)
         try:
+            # Opened for the first job, and tried again for the next: who waits is told what the disk says.
             backend = backend or kind.open_again(Path(place.root), msgspec.convert(place.options, kind.Options))
+            answer = serve(backend, _decode_job(body), place)
         except (OSError, BrokerError) as error:
-            if not job.stock:
-                sys.exit(f"a helper process of {place.root} cannot start: {error}")
-            # What waits for a directory is told what the disk says, such as that nothing can be written there.
             answer = failed(error)
-        else:
-            answer = serve(backend, job, place)
         reach("hands.done")
         answer.done = True
         write(sys.stdout.buffer, answer)
 
 
 def serve(backend: Any, job: Job, place: Place) -> Answer:
-    """Do one job; the errors travel."""
-    try:
-        if job.build:
-            return Answer(built=[build(backend, wanted, place) for wanted in job.build])
-        return stock(backend, job.stock) if job.stock else delete(backend, job.delete)
-    except (OSError, BrokerError) as error:
-        return failed(error)
+    """Do one job."""
+    if job.build:
+        return Answer(built=[build(backend, wanted, place) for wanted in job.build])
+    return stock(backend, job.stock) if job.stock else delete(backend, job.delete)
 
 
 def failed(error: OSError | BrokerError) -> Answer:
@@ -278,7 +273,7 @@ def stock(backend: Any, ids: list[int]) -> Answer:
 
 def build(backend: Any, wanted: Wanted, place: Place) -> Answer:
     """Build a snapshot; how much was copied, or why it failed."""
-    task = Copying(place)
+    task = TellingCopy(place)
     try:
         backend.build(Snapshot(wanted.id, wanted.kind, wanted.parents, wanted.labels), task)
     except (OSError, BrokerError) as error:
@@ -315,7 +310,7 @@ class Telling(Task):
         return answer
 
 
-class Copying(Telling):
+class TellingCopy(Telling):
     """The same of a copy, which ends where the reserve of its filesystem begins: its size is not known before."""
 
     __slots__ = ("_look_at", "_place")

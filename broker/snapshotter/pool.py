@@ -116,7 +116,7 @@ class Pool:
             self._had[line] += 1
             id_ = self._ready.popleft()
             if len(self._ready) * 2 < self._aim:
-                self._wanted.notify()
+                self._wanted.notify_all()
         self._taken += 1
         return id_
 
@@ -133,7 +133,7 @@ class Pool:
             ended = self._ended
             if not ended:
                 self._parked.append(line, waiter)
-                self._wanted.notify()
+                self._wanted.notify_all()
                 self._awaited.notify_all()
         if ended:
             waiter(Unavailable("the snapshotter is stopping"))

@@ -11,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from backends.syscalls import free_bytes
 from snapbroker.errors import BrokerError, Internal, ResourceExhausted
 
 RETRY_MS: Final = 1000
@@ -42,8 +43,3 @@ def lacking(place: Path, limits: SpaceLimits) -> Callable[[], BrokerError] | Non
         return None
     details = {"retry_after_ms": RETRY_MS, "free_bytes": free, "free_inodes": inodes}
     return partial(ResourceExhausted, f"{what}: remove snapshots, or make the filesystem larger", details)
-
-
-def free_bytes(found: os.statvfs_result) -> int:
-    """What others than root may still take."""
-    return found.f_bavail * found.f_frsize

@@ -22,7 +22,8 @@ from typing import Final
 import structlog
 
 from backends.failpoints import reach
-from broker.snapshotter.reserve import SpaceLimits, free_bytes, lacking
+from backends.syscalls import free_bytes
+from broker.snapshotter.reserve import SpaceLimits, lacking
 from snapbroker.errors import BrokerError
 
 log = structlog.get_logger()

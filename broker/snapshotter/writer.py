@@ -100,8 +100,6 @@ WAY_AT: Final = 64
 """What the loop takes before it gives way, half a millisecond: a write queued is 1, a read `READ_WEIGHT`."""
 READ_WEIGHT: Final = 4
 """What a read that is answered takes of the loop, where a write that is queued takes 1."""
-OWN_LINE: Final = b""
-"""Whose work is the actor's own."""
 Deliver = Callable[[Delivery], None]
 Clock = Callable[[], int]
 
@@ -186,7 +184,7 @@ class Writer:
             if not self._rests.is_set():
                 self._rests.wait(WAY_SHARED_S if self._mix.shared else WAY_S)
 
-    def submit_work(self, work: Callable[[], None], line: bytes = OWN_LINE) -> None:
+    def submit_work(self, work: Callable[[], None], line: bytes = b"") -> None:
         """Let a worker run `work`, which must not raise; `line` is whose it is."""
         self._workers.submit(line, work)
 
@@ -270,11 +268,13 @@ class Writer:
             self._let_go(operation)
         for after in draft.after:
             self._after(after)
-        if self._environment.runs_short():
-            self._extend_store()
         reach("writer.cleared")
         self._deliver(Delivery(draft.results, draft.turn.entries, draft.aside()))
         reach("writer.delivered")
+        if self._environment.runs_short():
+            with contextlib.suppress(RuntimeError):
+                # Where no thread is to be had the next turn asks again.
+                self.submit_work(self._environment.extend)
         for errand in draft.errands:
             errand.done(None)
         for operation in draft.failed:
@@ -404,11 +404,6 @@ class Writer:
         for item in batch:
             if isinstance(item, Errand):
                 item.done(error)
-
-    def _extend_store(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            # Where no thread is to be had the next turn asks again.
-            self._workers.submit(OWN_LINE, self._environment.extend)
 
     @staticmethod
     def _after(after: Callable[[], None]) -> None:

@@ -19,6 +19,7 @@ import lmdb
 import msgspec
 
 from backends.failpoints import reach
+from backends.syscalls import free_bytes
 from broker.store.preallocation import Preallocation
 from snapbroker.errors import FailedPrecondition, Internal, ResourceExhausted
 
@@ -176,8 +177,7 @@ class Environment:
 
     def _disk_is_full(self) -> bool:
         """LMDB reports a write that a full disk cut short as an input/output error."""
-        figures = os.statvfs(self._path)
-        return figures.f_bavail * figures.f_frsize < FULL_BYTES
+        return free_bytes(os.statvfs(self._path)) < FULL_BYTES
 
     @contextmanager
     def nested(self, txn: Transaction) -> Iterator[Transaction]:

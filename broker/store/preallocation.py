@@ -18,7 +18,7 @@ from typing import Final
 import structlog
 
 from backends.failpoints import reach
-from backends.syscalls import EXT4_MAGIC, XFS_MAGIC, filesystem_magic
+from backends.syscalls import EXT4_MAGIC, XFS_MAGIC, filesystem_magic, free_bytes
 
 log = structlog.get_logger()
 
@@ -79,8 +79,7 @@ class Preallocation:
         # is not written over. The zeros come after it, or before and are written over themselves.
         descriptor = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         try:
-            room = os.fstatvfs(descriptor)
-            if room.f_bavail * room.f_frsize < ROOM * self._step:
+            if free_bytes(os.fstatvfs(descriptor)) < ROOM * self._step:
                 return False
             while (now := os.fstat(descriptor).st_size) < size:
                 os.write(descriptor, PIECE)

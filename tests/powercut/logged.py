@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, Final
 
 from tests.daemon.support import wait_until
-from tests.powercut.disk import Cut, Disk, attached, clone, run
+from tests.powercut.disk import Cut, Disk, attached, clone
 
 PROGRAM: Final = "qemu-storage-daemon"
 KEPT: Final = 0.5
@@ -59,12 +59,11 @@ class LoggedDisk(Disk):
         clone(self.image, self._base)
         for path in (self._log, self._export):
             path.touch()
-        log_file = f"driver=file,filename={self._log},node-name=log"
         self._program = subprocess.Popen(
             [
                 PROGRAM,
                 "--blockdev", f"driver=file,filename={self.image},node-name=image",
-                "--blockdev", log_file,
+                "--blockdev", f"driver=file,filename={self._log},node-name=log",
                 "--blockdev", "driver=blklogwrites,node-name=both,file=image,log=log,log-sector-size=512",
                 "--export", f"type=fuse,id=export,node-name=both,mountpoint={self._export},writable=on",
             ],
@@ -79,8 +78,10 @@ class LoggedDisk(Disk):
 
     def detach(self, device: str) -> None:
         """Let go of the device, and end the program behind it."""
-        run("losetup", "--detach", device)
-        self._end()
+        try:
+            super().detach(device)
+        finally:
+            self._end()
 
     def _end(self) -> None:
         self._program.terminate()

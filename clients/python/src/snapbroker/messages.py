@@ -33,8 +33,10 @@ def receive(socket: Socket, flags: int = 0) -> list[bytes]:
         while frame.more:
             frame = _receive(socket, NOBLOCK, False)
             frames.append(frame.bytes)
-    except KeyboardInterrupt:
-        # The rest of this message is not the beginning of the next one.
+    except zmq.ZMQError:
+        raise
+    except BaseException:
+        # A signal's handler raised: the rest of this message is not the beginning of the next one.
         while _get(socket, _RECEIVED_MORE):
             _receive(socket, NOBLOCK, False)
         raise
