@@ -118,8 +118,9 @@ def subjects(found: list[dict[str, Any]], gone: int) -> set[tuple[str, str]]:
         elif each["key"]:
             subject = each["key"]
         else:
-            subject = f"/{os.path.basename(each['path'])}"
-        told.add((each["kind"], subject.replace(f"/{gone}", f"/{GONE}")))
+            name = os.path.basename(each["path"])
+            subject = f"/{GONE if name == str(gone) else name}"
+        told.add((each["kind"], subject))
     return told
 
 
