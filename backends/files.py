@@ -514,21 +514,26 @@ class FilesystemSync:
         `trees` are the paths of what the caller has written.
         """
         distrusted = self._failure is not None
-        self._flush()
-        if distrusted:
-            for tree in trees:
-                self._ask(tree)
-
-    def _ask(self, tree: str) -> None:
-        lost = self._lost.get(tree)
         try:
-            if lost is not None:
-                raise OSError(lost.errno, lost.strerror, lost.filename)
-            fsync_files(tree)
-        except OSError as error:
-            if len(self._lost) < LOST_MAX:
-                self._lost[tree] = error
+            self._flush()
+        except OSError:
+            # Whether it is one of the caller's files, and which, is said of the file alone.
+            self._ask(trees)
             raise
+        if distrusted:
+            self._ask(trees)
+
+    def _ask(self, trees: Sequence[str]) -> None:
+        for tree in trees:
+            lost = self._lost.get(tree)
+            try:
+                if lost is not None:
+                    raise OSError(lost.errno, lost.strerror, lost.filename)
+                fsync_files(tree)
+            except OSError as error:
+                if len(self._lost) < LOST_MAX:
+                    self._lost[tree] = error
+                raise
 
     def _flush(self) -> None:
         with self._changed:

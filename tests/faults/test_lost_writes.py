@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from backends import files
 from backends.files import FilesystemSync
 
 pytestmark = pytest.mark.root
@@ -34,14 +35,23 @@ def thin_filesystem(place: Path) -> Iterator[Path]:
         run("truncate", "--size", "400M", host / "image")
         device = run("losetup", "--find", "--show", host / "image")
         undo.callback(run, "losetup", "--detach", device)
-        features = "lazy_itable_init=0,lazy_journal_init=0,nodiscard"
-        run("mkfs.ext4", "-q", "-m", "0", "-J", "size=8", "-E", features, device)
+        # A journal that met the end of the device would make all of it read-only.
+        features = ("-O", "^has_journal", "-E", "lazy_itable_init=0,nodiscard")
+        run("mkfs.ext4", "-q", "-m", "0", *features, device)
         run("mount", device, target)
         undo.callback(run, "umount", "--lazy", target)
         yield target
 
 
-def test_whose_data_was_lost_is_told_though_another_flush_was_first(tmp_path: Path) -> None:
+def fail(fd: int) -> None:
+    """A flush that says what the kernel says, and nothing of a file."""
+    raise OSError(errno.EIO, os.strerror(errno.EIO), f"/proc/self/fd/{fd}")
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["told once", "told late and again"])
+def test_whose_data_was_lost_is_told_though_another_flush_was_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, again: bool
+) -> None:
     with thin_filesystem(tmp_path) as path:
         for name in ("mine", "others"):
             (path / name).mkdir()
@@ -55,6 +65,9 @@ def test_whose_data_was_lost_is_told_though_another_flush_was_first(tmp_path: Pa
             with pytest.raises(OSError, match=r"error|space") as told:
                 sync.sync(str(path / "others"))
             assert told.value.errno in LOST
+            if again:
+                # A write-back that ends later makes the next flush of the filesystem fail too.
+                monkeypatch.setattr(files, "syncfs", fail)
             # And whose data it was: with the file, and as often as it asks.
             for _ in range(2):
                 with pytest.raises(OSError, match=r"error|space") as told:
