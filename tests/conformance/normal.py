@@ -37,6 +37,9 @@ class Normal:
                 return "<time>"
             case "fence", int():
                 return value and self._fences.setdefault((self._snapshotter, value), f"<fence {len(self._fences) + 1}>")
+            case (("free_bytes" | "free_inodes"), int()):
+                # Of a disk that others write to as well.
+                return "<free>"
             case (("sequence" | "oldest" | "newest"), int()):
                 return "<sequence>" if value else 0
             case "events", list():

@@ -99,21 +99,29 @@ class LoggedDisk(Disk):
         clone(self._base, image)
         try:
             with log.open("rb") as source, image.open("r+b") as target:
-                # The last one may have been under way.
-                entries = list(_entries(source))[:-1]
-                flushed = max((number for number, entry in enumerate(entries) if entry.flush), default=-1)
-                for number, entry in enumerate(entries):
-                    if number <= flushed or chance.random() < KEPT:
-                        source.seek(entry.data)
-                        target.seek(entry.at)
-                        target.write(source.read(entry.size))
+                replay(source, target, chance)
         finally:
             log.unlink()
         return Cut(image, before, after)
 
 
+def replay(log: BinaryIO, image: BinaryIO, chance: random.Random) -> None:
+    """Write to an image what a log has up to its last flush, and of what is behind that whatever chance keeps."""
+    entries = list(_entries(log))
+    flushed = max((number for number, entry in enumerate(entries) if entry.flush), default=-1)
+    for number, entry in enumerate(entries):
+        if number <= flushed or chance.random() < KEPT:
+            log.seek(entry.data)
+            image.seek(entry.at)
+            image.write(log.read(entry.size))
+
+
 def _entries(log: BinaryIO) -> Iterator[Write]:
-    """The entries of a log, as far as they are written; what was discarded stays as it was."""
+    """The entries of a log, as far as they are written; what was discarded stays as it was.
+
+    Each is written by one call, so that a clone of the log has it wholly or not at all. The place of one that was
+    under way is empty, while others behind it, a flush among them, may be there and count.
+    """
     end = log.seek(0, os.SEEK_END)
     log.seek(0)
     magic, version, _, sector = _HEAD.unpack(log.read(_HEAD.size))
@@ -123,9 +131,9 @@ def _entries(log: BinaryIO) -> Iterator[Write]:
     while position + _ENTRY.size <= end:
         log.seek(position)
         first, count, flags, _ = _ENTRY.unpack(log.read(_ENTRY.size))
-        if not (first or count or flags):
-            return
         position += sector
+        if not (first or count or flags):
+            continue
         size = 0 if flags & _DISCARD else count * sector
         if position + size > end:
             return
