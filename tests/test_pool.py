@@ -101,3 +101,13 @@ def test_a_flood_leaves_some_for_who_does_not_wait() -> None:
         count += 1
     assert count == 63 - KEPT
     assert [pool.take(b"good") is not None for _ in range(PART)] == [True] * (PART - 1) + [False]
+
+
+def test_a_burst_raises_the_aim_by_twice_what_it_lacked() -> None:
+    """Nor beyond the limit."""
+    limits = PoolLimits(pool_min=256, pool_max=500)
+    pool = Pool(cast(Ids, Numbers()), lambda _id: None, limits, several())
+    for number in range(1, 200):
+        assert pool.take(b"burst") is None
+        pool.park(b"burst", lambda _got: None)
+        assert pool.statistics()["aim"] == min(256 + 2 * number, 500)

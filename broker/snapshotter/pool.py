@@ -1,10 +1,11 @@
 """Directories made ahead of time, so that a prepare needs no disk but its own transaction.
 
 A thread keeps the pool stocked in batches: many directories for the price of one flush. It sleeps while there is
-enough, and what is aimed for doubles whenever the pool ran dry, up to a limit. Others help it while somebody waits:
-a filesystem of some age can take a fifth of a millisecond of a processor for one directory, where ext4 looks for inodes
-that were not deleted lately. What is left at the end has no record and is collected at the next start like any
-left-over.
+enough. What is aimed for grows by twice what was lacking, up to a limit, so that the next burst of its size finds
+enough, and not much more: one that nobody takes was made, and is deleted, for nothing. Others help the thread while
+somebody waits: a filesystem of some age can take a fifth of a millisecond of a processor for one directory, where ext4
+looks for inodes that were not deleted lately. What is left at the end has no record and is collected at the next start
+like any left-over.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class PoolLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """Processes that make directories; all but one only while prepares wait."""
 
 
+GROWTH: Final = 2
+"""How many more are aimed for after each call that found none."""
 KEPT: Final = 16
 """Directories, a quarter of the aim at most, that a client leaves for the others when its calls wait already."""
 PART: Final = 4
@@ -129,7 +132,7 @@ class Pool:
         """Call `waiter` with the id of a directory that is still to be made, or an error; from the pool's thread."""
         with self._lock:
             self._dry += 1
-            self._aim = min(2 * self._aim, self._limits.pool_max)
+            self._aim = min(self._aim + GROWTH, self._limits.pool_max)
             ended = self._ended
             if not ended:
                 self._parked.append(line, waiter)
