@@ -37,7 +37,10 @@ SCAN_MAX: Final = 2000
 """Records or events looked at in one transaction; a page of a sparse filter may so be short, or empty."""
 FILTER_S: Final = 0.005
 """A page ends early when its filters took this long: a costly expression does not hold up the other callers."""
-_MOUNTS_BYTES_MAX: Final = 4 * 1024 * 1024
+MOUNTS_BYTES_MAX: Final = 4 * 1024 * 1024
+"""Memory for the encoded answers to mounts."""
+_MOUNTS_BYTES: Final = 210
+"""What one takes there beside its own bytes and those of the value it was made of."""
 
 
 class Page(msgspec.Struct, omit_defaults=True):
@@ -109,17 +112,17 @@ class Reader:
             if error is not None:
                 raise error
             check_whole(record, key)
-            snapshot = snapshot_of(self._snapshots, txn, namespace, record.decoded(), record)
-            known = encode(MountsAnswer(mounts=tuple(self._backend.mounts(snapshot)), fence=record.fence))
-            self._remember(value, known)
+            if known is None:
+                snapshot = snapshot_of(self._snapshots, txn, namespace, record.decoded(), record)
+                known = encode(MountsAnswer(mounts=tuple(self._backend.mounts(snapshot)), fence=record.fence))
+                self._remember(value, known)
         return known
 
     def _remember(self, value: bytes, answer: bytes) -> None:
         self._mounts[value] = answer
-        self._mounts_bytes += len(value) + len(answer)
-        while self._mounts_bytes > _MOUNTS_BYTES_MAX and len(self._mounts) > 1:
-            dropped = self._mounts.popitem(last=False)
-            self._mounts_bytes -= len(dropped[0]) + len(dropped[1])
+        self._mounts_bytes += _kept_bytes(value, answer)
+        while self._mounts_bytes > MOUNTS_BYTES_MAX and len(self._mounts) > 1:
+            self._mounts_bytes -= _kept_bytes(*self._mounts.popitem(last=False))
 
     def usage(self, txn: Transaction, namespace: str, key: str) -> bytes | Snapshot:
         """The encoded Usage of a view or a committed snapshot; of an active one, what is to be measured (C49, C50)."""
@@ -193,6 +196,10 @@ class Reader:
         """How many snapshots there are, of all namespaces."""
         with self._environment.read() as txn:
             return self._snapshots.count(txn)
+
+
+def _kept_bytes(value: bytes, answer: bytes) -> int:
+    return _MOUNTS_BYTES + len(value) + len(answer)
 
 
 def _missing(key: str) -> NotFound:
