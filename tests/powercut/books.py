@@ -72,6 +72,12 @@ class Contents:
                 before.pop(path, None)
         (self.certain if durable else self.loose).update(digests)
 
+    def rebase(self) -> None:
+        """It gets a parent that it was not made of: what was deleted here was not there, and hides nothing of it."""
+        for digests in (self.certain, self.loose, self.inherited):
+            for path in [path for path, digest in digests.items() if digest is None]:
+                del digests[path]
+
     def flush(self) -> None:
         """Everything that was written into this snapshot is on disk."""
         self.certain.update(self.loose)
@@ -127,6 +133,8 @@ class Books:
             case Commit():
                 committed = self.contents.pop(call.key)
                 self.mounts.pop(call.key, None)
+                if call.parent:
+                    committed.rebase()
                 if call.sync:
                     committed.flush()
                 self.contents[call.name] = committed
