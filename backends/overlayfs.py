@@ -20,10 +20,10 @@ import functools
 import os
 import stat
 import threading
-from collections import OrderedDict
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from backends.api import ONLY_REMAP_IDS, REBASE, REMAP_IDS, Glance, Options, Snapshot, Support, Task, TooMany
+from backends.cache import SizedCache
 from backends.failpoints import reach
 from backends.files import DirectorySync, FilesystemSync, Shelf, Shelved, SyncStatistics, remove_tree, usage
 from backends.inspecting import ShelfInspector
@@ -284,33 +284,29 @@ class Overlayfs(Shelved):
 
 
 class _Lowers:
-    """Ready `lowerdir=` options by immediate parent, whose own chain never changes; least used go first."""
+    """Ready `lowerdir=` options by immediate parent, whose own chain never changes."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self._lock = threading.Lock()
-        self._options: OrderedDict[int, tuple[tuple[int, ...], str]] = OrderedDict()
-        self._bytes = 0
+        self._options: SizedCache[int, tuple[tuple[int, ...], str]] = SizedCache(LOWERS_CACHED_BYTES_MAX, _option_bytes)
 
     def option(self, parents: tuple[int, ...]) -> str:
         with self._lock:
             found = self._options.get(parents[0])
             if found is not None and found[0] == parents:
-                self._options.move_to_end(parents[0])
                 return found[1]
         prefix = self._prefix
         option = "lowerdir=" + ":".join([f"{prefix}{id_}/fs" for id_ in parents])
         with self._lock:
-            self._remember(parents, option)
+            self._options.put(parents[0], (parents, option))
         return option
 
-    def _remember(self, parents: tuple[int, ...], option: str) -> None:
-        replaced = self._options.pop(parents[0], None)
-        self._bytes += len(option) - (len(replaced[1]) if replaced else 0)
-        self._options[parents[0]] = (parents, option)
-        while self._bytes > LOWERS_CACHED_BYTES_MAX:
-            _, (_, oldest) = self._options.popitem(last=False)
-            self._bytes -= len(oldest)
+
+def _option_bytes(_: int, kept: tuple[tuple[int, ...], str]) -> int:
+    # Of the chain itself the store may keep the same copy, or not.
+    parents, option = kept
+    return 8 * len(parents) + len(option)
 
 
 @functools.lru_cache(1024)

@@ -7,7 +7,6 @@ encoded answers are kept by the stored value that they were made of, up to a lim
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Final
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from backends.api import Snapshot
+from backends.cache import SizedCache
 from broker.filters import compile_filters
 from broker.snapshotter.lifecycle import refusal
 from broker.snapshotter.verbs import check_fence, check_whole, snapshot_of, with_labels
@@ -39,8 +39,6 @@ FILTER_S: Final = 0.005
 """A page ends early when its filters took this long: a costly expression does not hold up the other callers."""
 MOUNTS_BYTES_MAX: Final = 4 * 1024 * 1024
 """Memory for the encoded answers to mounts."""
-_MOUNTS_BYTES: Final = 210
-"""What one takes there beside its own bytes and those of the value it was made of."""
 
 
 class Page(msgspec.Struct, omit_defaults=True):
@@ -68,8 +66,9 @@ class Reader:
         self._journal = journal
         self._backend = backend
         self._labelled = bool(backend.labels(Snapshot(0, Kind.ACTIVE)))
-        self._mounts: OrderedDict[bytes, bytes] = OrderedDict()
-        self._mounts_bytes = 0
+        self._mounts: SizedCache[bytes, bytes] = SizedCache(
+            MOUNTS_BYTES_MAX, lambda value, answer: len(value) + len(answer)
+        )
 
     def _record(self, txn: Transaction, namespace: str, key: str) -> Record:
         check_name(key)
@@ -115,14 +114,8 @@ class Reader:
             if known is None:
                 snapshot = snapshot_of(self._snapshots, txn, namespace, record.decoded(), record)
                 known = encode(MountsAnswer(mounts=tuple(self._backend.mounts(snapshot)), fence=record.fence))
-                self._remember(value, known)
+                self._mounts.put(value, known)
         return known
-
-    def _remember(self, value: bytes, answer: bytes) -> None:
-        self._mounts[value] = answer
-        self._mounts_bytes += _kept_bytes(value, answer)
-        while self._mounts_bytes > MOUNTS_BYTES_MAX and len(self._mounts) > 1:
-            self._mounts_bytes -= _kept_bytes(*self._mounts.popitem(last=False))
 
     def usage(self, txn: Transaction, namespace: str, key: str) -> bytes | Snapshot:
         """The encoded Usage of a view or a committed snapshot; of an active one, what is to be measured (C49, C50)."""
@@ -196,10 +189,6 @@ class Reader:
         """How many snapshots there are, of all namespaces."""
         with self._environment.read() as txn:
             return self._snapshots.count(txn)
-
-
-def _kept_bytes(value: bytes, answer: bytes) -> int:
-    return _MOUNTS_BYTES + len(value) + len(answer)
 
 
 def _missing(key: str) -> NotFound:

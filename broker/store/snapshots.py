@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final, cast
 
+from backends.cache import SizedCache
 from backends.failpoints import reach
 from broker.store.records import (
     DIGEST_BYTES,
@@ -31,8 +31,6 @@ _U64: Final = struct.Struct(">Q")
 _NEXT_ID: Final = b"next_id"
 CHAINS_BYTES_MAX: Final = 4 << 20
 """Memory for the cache of chains, about 19,000 short ones."""
-_CHAIN_BYTES: Final = 210
-"""What one takes there beside 8 bytes for each of its ids."""
 
 
 Change = tuple[bytes, bytes | None]
@@ -77,8 +75,7 @@ class Snapshots:
         self._children = environment.children
         self._references = environment.references
         self._meta = environment.meta
-        self._chains: OrderedDict[int, tuple[int, ...]] = OrderedDict()
-        self._chain_bytes = 0
+        self._chains: SizedCache[int, tuple[int, ...]] = SizedCache(CHAINS_BYTES_MAX, lambda _, chain: 8 * len(chain))
         self._fresh: list[int] = []
 
     # One record.
@@ -139,7 +136,6 @@ class Snapshots:
         """The ids from the committed snapshot `parent`, whose record is given, up to its root (C10)."""
         known = self._chains.get(record.id)
         if known is not None:
-            self._chains.move_to_end(record.id)
             return known
         walked: dict[int, None] = {}
         above: tuple[int, ...] = ()
@@ -159,17 +155,10 @@ class Snapshots:
                 break
             record = found
         chain = tuple(walked) + above
-        self._remember(chain)
-        return chain
-
-    def _remember(self, chain: tuple[int, ...]) -> None:
-        self._chains[chain[0]] = chain
-        self._chain_bytes += _chain_bytes(chain)
+        self._chains.put(chain[0], chain)
         if self._writes:
             self._fresh.append(chain[0])
-        while self._chain_bytes > CHAINS_BYTES_MAX and len(self._chains) > 1:
-            _, dropped = self._chains.popitem(last=False)
-            self._chain_bytes -= _chain_bytes(dropped)
+        return chain
 
     def settle(self) -> None:
         """The transaction is committed: what was learnt of chains in it holds."""
@@ -187,8 +176,7 @@ class Snapshots:
         mark, changed = to
         del self._changes[changed:]
         for id_ in self._fresh[mark:]:
-            dropped = self._chains.pop(id_, None)
-            self._chain_bytes -= _chain_bytes(dropped) if dropped else 0
+            self._chains.drop(id_)
         del self._fresh[mark:]
 
     # References: "do you have this?" (C93-C96).
@@ -298,10 +286,6 @@ class Snapshots:
     def reserve_ids(self, txn: Transaction, first: int, count: int) -> None:
         """Note that ids up to `first + count - 1` may be used from this commit on."""
         txn.put(_NEXT_ID, _U64.pack(first + count), db=self._meta)
-
-
-def _chain_bytes(chain: tuple[int, ...]) -> int:
-    return _CHAIN_BYTES + 8 * len(chain)
 
 
 def decoded(key: bytes, value: bytes | memoryview) -> Record:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from backends import overlayfs, overlayfs_probe, syscalls
+from backends import overlayfs_probe, syscalls
 from backends.api import ONLY_REMAP_IDS, REBASE, REMAP_IDS, Pooled, Snapshot, Task
+from backends.cache import ENTRY_BYTES
 from backends.overlayfs import LAYERS_MAX, Overlayfs, OverlayfsOptions, host_root
 from backends.testsuite import BackendSuite, Look, commit, contents, create, empty_trash, mode
 from snapbroker.contract import GIDMAPPING_LABEL, UIDMAPPING_LABEL, UPPERDIR_LABEL, Kind, Mount
@@ -194,11 +195,14 @@ class TestMounts:
         assert mount.options[0] == f"lowerdir={prefix}/3/fs:{prefix}/2/fs"
 
     def test_the_memory_for_chains_is_bounded(self, backend, monkeypatch):
-        monkeypatch.setattr(overlayfs, "LOWERS_CACHED_BYTES_MAX", 1000)
+        kept = backend._lowers._options
+        monkeypatch.setattr(kept, "bytes_max", 1000)
         expected = {}
         for id_ in range(1, 200):
             expected[id_] = backend.mounts(Snapshot(1000, Kind.VIEW, (id_, id_ + 1)))
-        assert sum(len(option) for _, option in backend._lowers._options.values()) == backend._lowers._bytes <= 1000
+        options = sum(len(option) for _, option in kept._entries.values())
+        assert options + len(kept) * (ENTRY_BYTES + 2 * 8) == kept.bytes <= 1000
+        assert len(kept) > 1
         for id_, mounts in expected.items():
             assert backend.mounts(Snapshot(1000, Kind.VIEW, (id_, id_ + 1))) == mounts
 

@@ -38,8 +38,15 @@ def backend(tmp_path: Path) -> Counting:
 
 
 @pytest.fixture
-def ask(environment: Environment, snapshots: Snapshots, backend: Counting) -> Callable[[int, int], bytes]:
-    """Ask for the mounts of the snapshot with an id, with a fence or 0."""
+def ask(
+    environment: Environment,
+    snapshots: Snapshots,
+    backend: Counting,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[int, int], bytes]:
+    """Ask for the mounts of the snapshot with an id, with a fence or 0; the parameter is the bytes that may be kept."""
+    monkeypatch.setattr(module, "MOUNTS_BYTES_MAX", getattr(request, "param", MOUNTS_BYTES_MAX))
     reader = Reader(environment, snapshots, Journal(environment, "s", Retention()), backend)
 
     def ask(id_: int, fence: int) -> bytes:
@@ -59,14 +66,13 @@ def insert(environment: Environment, snapshots: Snapshots, count: int) -> None:
     environment.write(work)
 
 
+@pytest.mark.parametrize("ask", [4096], indirect=True)
 def test_a_fence_pushes_no_other_answer_out(
     environment: Environment,
     snapshots: Snapshots,
     backend: Counting,
     ask: Callable[[int, int], bytes],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "MOUNTS_BYTES_MAX", 4096)
     insert(environment, snapshots, 2)
     first = ask(1, 0)
     answers = {ask(2, fence) for _ in range(50) for fence in (FENCE, 0)}
