@@ -513,15 +513,13 @@ class FilesystemSync:
 
         `trees` are the paths of what the caller has written.
         """
-        distrusted = self._failure is not None
         try:
             self._flush()
-        except OSError:
-            # Whether it is one of the caller's files, and which, is said of the file alone.
-            self._ask(trees)
-            raise
-        if distrusted:
-            self._ask(trees)
+        finally:
+            # Whether one of the caller's files was lost, and which, is said of the file alone: also where the flush
+            # that failed was the one before, which had begun when this caller came.
+            if self._failure is not None:
+                self._ask(trees)
 
     def _ask(self, trees: Sequence[str]) -> None:
         for tree in trees:

@@ -456,10 +456,10 @@ class TestFilesystemSync:
         threads = []
         raised = []
 
-        def start(sync):
+        def start(sync, *trees):
             def call():
                 try:
-                    sync.sync()
+                    sync.sync(*trees)
                 except OSError as error:
                     raised.append(error.errno)
 
@@ -538,6 +538,24 @@ class TestFilesystemSync:
                 sync.sync("mine")
             assert caught.value.filename == "mine/file"
         assert asked == ["others", "others", "mine"]
+
+    def test_a_failure_of_the_flush_before_is_asked_after(self, syncfs, callers, monkeypatch):
+        """It had begun when the caller came, and may have tried to write the caller's files."""
+        start, raised = callers
+        asked = []
+        monkeypatch.setattr(files, "fsync_files", asked.append)
+        sync = FilesystemSync(0)
+        first = start(sync)
+        syncfs.begun.acquire()
+        second = start(sync, "mine")
+        syncfs.error = OSError(errno.EIO, "lost")
+        syncfs.permits.release()
+        first.join(10)
+        syncfs.begun.acquire()
+        syncfs.error = None
+        syncfs.permits.release()
+        second.join(10)
+        assert (raised, asked) == ([errno.EIO], ["mine"])
 
     def test_the_real_one_flushes(self, tmp_path):
         with directory(tmp_path) as fd:
