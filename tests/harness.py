@@ -210,14 +210,15 @@ def _verb(call: Call) -> str:
     return str(call.__struct_config__.tag)
 
 
-def _left(family: list[psutil.Process], timeout: float) -> list[psutil.Process]:
+def survivors(family: Iterable[psutil.Process], timeout: float) -> list[psutil.Process]:
     """Those that have not ended in this time."""
     _, left = psutil.wait_procs(family, timeout=timeout)
     # One whose parent was killed is for the machine's first process to collect, whenever it does.
-    return [process for process in left if not _is_zombie(process)]
+    return [process for process in left if not is_ended(process)]
 
 
-def _is_zombie(process: psutil.Process) -> bool:
+def is_ended(process: psutil.Process) -> bool:
+    """Whether it runs no more, reaped or not."""
     try:
         return process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -320,7 +321,7 @@ class Daemon:
             self._kill_all(family)
             raise AssertionError(f"snapbrokerd did not stop within {STOP_S} s:\n{self.log()}") from None
         self.process = None
-        left = _left(family, 1)
+        left = survivors(family, 1)
         self._kill_all(left)
         assert status == 0, f"snapbrokerd ended with {status}:\n{self.log()}"
         assert not left, f"left behind: {left}\n{self.log()}"
@@ -344,7 +345,7 @@ class Daemon:
         if number == signal.SIGKILL:
             self.process.wait(STOP_S)
             self.process = None
-            left = _left(family, STOP_S)
+            left = survivors(family, STOP_S)
             self._kill_all(left)
             assert not left, f"actors outlived their broker: {left}"
 

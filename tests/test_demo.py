@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from benchmarks import demo
+from tests.harness import survivors
 
 ROOT: Final = Path(__file__).parent.parent
 DEMO: Final = ROOT / "benchmarks" / "demo.py"
@@ -227,9 +228,7 @@ def test_killed_it_leaves_a_directory_and_nothing_else(place: Path) -> None:
 
 def assert_gone(place: Path, family: Sequence[psutil.Process]) -> None:
     """Wait until the processes have ended, and what the kernel then takes away is gone."""
-    _, alive = psutil.wait_procs(family, timeout=GONE_S)
-    # Whose parent has gone is the init process's to collect, when it likes.
-    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+    assert survivors(family, GONE_S) == []
     give_up = time.monotonic() + GONE_S
     pace = threading.Event()
     while left_of(place):

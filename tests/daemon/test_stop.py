@@ -35,7 +35,7 @@ from snapbroker.protocol import (
 )
 from tests.daemon import support
 from tests.daemon.support import Bystander, Load, wait_until
-from tests.harness import READY_S, STOP_S, Daemon, Wire
+from tests.harness import READY_S, STOP_S, Daemon, Wire, is_ended
 
 QUICK_S = 3.0
 """A stop with nothing to wait for; half of it is the machine's."""
@@ -58,15 +58,7 @@ def end(daemon: Daemon, *numbers: signal.Signals) -> None:
         daemon.process.send_signal(number)
     assert daemon.process.wait(STOP_S) == 0
     daemon.process = None
-    wait_until(lambda: not any(map(is_alive, family)), "the end of its actors", timeout=1)
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """Whether it still runs; one that is dead and not yet reaped does not."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    wait_until(lambda: all(map(is_ended, family)), "the end of its actors", timeout=1)
 
 
 # What was accepted.

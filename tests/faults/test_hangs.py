@@ -18,7 +18,7 @@ import pytest
 from snapbroker.errors import BrokerError, NotFound, Unavailable
 from snapbroker.protocol import MountsAnswer, Prepare
 from tests.daemon.support import Bystander, is_doubtful, queue_of, wait_until
-from tests.harness import Daemon, Wire, loop_filesystem
+from tests.harness import Daemon, Wire, is_ended, loop_filesystem
 
 PROGRESS_MAX_MS = 2000
 SILENCE_MAX_MS = 4000
@@ -133,14 +133,6 @@ def test_a_deletion_that_stands_still_is_told_and_holds_up_nobody(start_daemon: 
         broker.cleanup()
         wait_until(lambda: "it goes on" in daemon.log(), "it is told")
     assert daemon.actor("hurt").restarts == 0
-
-
-def is_ended(process: psutil.Process) -> bool:
-    """Whether it runs no more, reaped or not."""
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def test_a_pool_that_stands_still_is_given_up(start_daemon: StartDaemon) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from snapbroker.protocol import Commit, MountsAnswer, Prepare
-from tests.oracle import Oracle
+from tests.oracle import Oracle, Refused
 from tests.powercut.books import Books, Said, Wrote
 
 
@@ -12,10 +12,8 @@ def test_what_was_deleted_without_a_parent_hides_nothing_of_one_that_comes_later
     books = Books(Oracle("overlayfs", "ns", rebases=True))
 
     def say(*calls: Prepare | Commit) -> None:
-        results = [MountsAnswer(mounts=()) for _ in calls]
-        assert not any(
-            hasattr(wanted, "code") for wanted in books.say(Said(calls, 1, results=list(results), answered=2))
-        )
+        said = Said(calls, 1, results=[MountsAnswer(mounts=()) for _ in calls], answered=2)
+        assert not any(isinstance(wanted, Refused) for wanted in books.say(said))
 
     say(Prepare(key="a"), Commit(name="base", key="a"))
     say(Prepare(key="b"), Prepare(key="c", parent="base"))
