@@ -406,7 +406,7 @@ func (c *connection) launch(batch []*exchange) {
 	for _, e := range launched {
 		c.dispatch(e, e.encode(now))
 	}
-	c.afterSend()
+	c.lookAgain()
 	c.io.Unlock()
 	c.post()
 }
@@ -426,7 +426,7 @@ func (c *connection) launchStream(s *stream) error {
 	c.mu.Unlock()
 	c.io.Lock()
 	c.dispatch(s, s.encode(now))
-	c.afterSend()
+	c.lookAgain()
 	c.io.Unlock()
 	c.post()
 	return nil
@@ -517,13 +517,11 @@ func (c *connection) sendUnsent() {
 	for i, p := range waiting {
 		c.dispatch(p, bodies[i])
 	}
-	if c.socket != nil && c.socket.readable() {
-		c.drain()
-	}
+	c.lookAgain()
 }
 
-// afterSend takes what a send may have eaten the edge of. With io.
-func (c *connection) afterSend() {
+// lookAgain takes what the descriptor may not tell of any more, as after a send, which eats the edge. With io.
+func (c *connection) lookAgain() {
 	if c.socket != nil && c.socket.readable() {
 		c.drain()
 	}
@@ -547,7 +545,7 @@ func (c *connection) post() {
 			// Without a connection there is nobody to tell: the broker has lost the request with it.
 			c.socket.send(frames)
 		}
-		c.afterSend()
+		c.lookAgain()
 	}
 	c.io.Unlock()
 }
@@ -748,7 +746,7 @@ func (c *connection) repeat(e *exchange, arming uint64) {
 	c.mu.Unlock()
 	c.io.Lock()
 	c.dispatch(e, body)
-	c.afterSend()
+	c.lookAgain()
 	c.io.Unlock()
 	c.post()
 }

@@ -64,7 +64,9 @@ func lookoutFor(socket *zmq.Socket) (*lookout, error) {
 	return l, nil
 }
 
-// open says whether the goroutine that reads learns of what comes; of what came before as well.
+// open says whether the goroutine that reads learns of what comes. Of what came before it may not learn: an epoll does not
+// tell anew of a descriptor that it has in its list of the ready ones, and there it stays, read or not, until the epoll
+// is asked.
 func (l *lookout) open(open bool) {
 	event := syscall.EpollEvent{Fd: int32(l.descriptor)}
 	if open {
@@ -123,7 +125,7 @@ func (c *connection) lookOut(ctx context.Context, p *pending) {
 	c.mu.Unlock()
 	defer l.users.Done()
 	l.open(false)
-	defer l.open(true)
+	defer c.lookAway()
 	if ctx.Done() != nil {
 		stop := context.AfterFunc(ctx, func() {
 			c.mu.Lock()
@@ -160,4 +162,13 @@ func (c *connection) lookOut(ctx context.Context, p *pending) {
 		p.bell = l
 		c.mu.Unlock()
 	}
+}
+
+// lookAway leaves the socket to the goroutine that reads, and takes what has come before it was told to.
+func (c *connection) lookAway() {
+	c.lookout.open(true)
+	c.io.Lock()
+	c.lookAgain()
+	c.io.Unlock()
+	c.post()
 }

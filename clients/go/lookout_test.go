@@ -83,3 +83,36 @@ func TestLoneCaller(t *testing.T) {
 	check(t, c.Close())
 	refused(t, <-done, ErrUnavailable)
 }
+
+// What comes between the lone caller's last look and the goroutine that reads being told to wait is taken as well.
+func TestLookAway(t *testing.T) {
+	f := newFakeRouter(t)
+	c := f.dial()
+	ctx := background(t)
+	// A batch does not look out: its reply leaves the descriptor among the ready ones.
+	for range 3 {
+		done := sendBatch(ctx, c)
+		f.outcomes(f.next(), true, okInfo(0, "before"))
+		check(t, <-done)
+		l := c.connection.lookout
+		l.open(false)
+		done = sendBatch(ctx, c)
+		f.outcomes(f.next(), true, okInfo(0, "meanwhile"))
+		l.wait()
+		c.connection.lookAway()
+		select {
+		case err := <-done:
+			check(t, err)
+		case <-time.After(patienceOfTests):
+			t.Fatal("a reply lies at the socket and nobody takes it")
+		}
+	}
+}
+
+func sendBatch(ctx context.Context, c *Client) chan error {
+	done := make(chan error, 1)
+	b := c.Batch()
+	b.Stat("with-others")
+	go func() { done <- b.Send(ctx) }()
+	return done
+}
