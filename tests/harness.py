@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -212,17 +213,37 @@ def _verb(call: Call) -> str:
 
 def survivors(family: Iterable[psutil.Process], timeout: float) -> list[psutil.Process]:
     """Those that have not ended in this time."""
-    _, left = psutil.wait_procs(family, timeout=timeout)
-    # One whose parent was killed is for the machine's first process to collect, whenever it does.
-    return [process for process in left if not is_ended(process)]
+    give_up = time.monotonic() + timeout
+    pace = threading.Event()
+    left = list(family)
+    while (left := [process for process in left if not is_ended(process)]) and time.monotonic() < give_up:
+        pace.wait(0.01)
+    return left
 
 
 def is_ended(process: psutil.Process) -> bool:
-    """Whether it runs no more, reaped or not."""
+    """Whether nothing of it runs any more, reaped or not.
+
+    One whose parent was killed is for the machine's first process to collect, whenever it does. And a process looks
+    like one that waits for that as soon as its first thread has ended, while another is still in the kernel with all
+    that they have open.
+    """
     try:
-        return process.status() == psutil.STATUS_ZOMBIE
+        return process.status() == psutil.STATUS_ZOMBIE and len(process.threads()) <= 1
     except psutil.NoSuchProcess:
         return True
+
+
+def stacks(processes: Iterable[psutil.Process]) -> str:
+    """Where in the kernel the threads of these processes are, and those of any other that cannot be interrupted."""
+    family = {process.pid for process in processes}
+    told: list[str] = []
+    for task in Path("/proc").glob("[0-9]*/task/*"):
+        with contextlib.suppress(OSError):
+            name, state = (task / "comm").read_text().strip(), (task / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            if state == "D" or int(task.parts[2]) in family:
+                told.append(f"{task.parts[2]}/{task.name} {name} {state}\n{(task / 'stack').read_text()}")
+    return "\n".join(told)
 
 
 class Daemon:
@@ -365,6 +386,7 @@ class Daemon:
             self.process.wait()
             self.process = None
             self._kill_all(family)
+            survivors(family, STOP_S)
         for target in reversed(self.mounts()):
             subprocess.run(["umount", "--lazy", target], check=True)
         shutil.rmtree(self.place)
@@ -382,6 +404,10 @@ class Daemon:
                 self.stop()
         finally:
             self.remove()
+
+    def stacks(self) -> str:
+        """Where in the kernel its processes are, for the note of a failure."""
+        return stacks([psutil.Process(self.pid), *self._descendants()]) if self.process is not None else ""
 
     def _descendants(self) -> list[psutil.Process]:
         assert self.process is not None

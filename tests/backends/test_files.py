@@ -587,6 +587,39 @@ class TestDirectorySync:
             sync.sync(["a", "a/b"], fd)
             sync.sync([], fd)
 
+    @pytest.mark.root
+    def test_a_commit_whose_wake_up_is_lost_is_asked_for_again(self, filesystem, monkeypatch):
+        root = filesystem("btrfs")
+        real, asked, begun = fcntl.ioctl, [], threading.Event()
+
+        def ioctl(fd, request, argument):
+            if request != files._BTRFS_IOC_START_SYNC:
+                return real(fd, request, argument)
+            asked.append(threading.current_thread())
+            if len(asked) <= files.COMMIT_REPEATS_MAX:
+                # As the kernel does: it comes back when the commit has begun, whoever had it begin.
+                assert begun.wait(30)
+                return real(fd, request, argument)
+            answer = real(fd, request, argument)
+            begun.set()
+            return answer
+
+        monkeypatch.setattr(files, "COMMIT_BEGINS_S", 0.01)
+        monkeypatch.setattr(files.fcntl, "ioctl", ioctl)
+        threads = threading.active_count()
+        with directory(root) as fd:
+            os.mkdir("a", dir_fd=fd)
+            DirectorySync(fd).sync(["a"], fd)
+            assert len(asked) == files.COMMIT_REPEATS_MAX + 1
+        assert threading.active_count() == threads
+
+    @pytest.mark.root
+    def test_an_error_of_a_commit_is_the_caller_s(self, tmp_path):
+        threads = threading.active_count()
+        with directory(tmp_path) as fd, pytest.raises(OSError, match="ioctl"):
+            files._commit_transaction(["a"], fd)
+        assert threading.active_count() == threads
+
     @pytest.mark.parametrize(("dirty", "expected"), [(0, ["syncfs"]), (1 << 30, ["a/b", "a"])])
     def test_without_an_order_it_depends_on_what_is_dirty(self, tmp_path, monkeypatch, dirty, expected):
         flushed = []

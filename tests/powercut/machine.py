@@ -28,7 +28,7 @@ from typing import Final, Self
 import psutil
 
 from tests.daemon.support import wait_until
-from tests.harness import Daemon
+from tests.harness import Daemon, Silence
 from tests.oracle import Oracle
 from tests.powercut.books import Books
 from tests.powercut.checks import check_directories, check_journal, check_recovered, happenings
@@ -136,6 +136,8 @@ class Machine(Settling):
             self._check(clients)
         except BaseException as error:
             error.add_note(f"power cut {seed}: {self.daemon.log()[-4000:]}")
+            if isinstance(error, Silence):
+                error.add_note(self.daemon.stacks())
             raise
         finally:
             for client in clients:
