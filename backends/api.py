@@ -46,10 +46,11 @@ class Task:
     `advance` is called often (once a file); it raises Cancelled once somebody called `cancel`.
     """
 
-    __slots__ = ("_cancelled", "bytes", "entries")
+    __slots__ = ("_cancelled", "begun", "bytes", "entries")
 
     def __init__(self) -> None:
         self._cancelled = threading.Event()
+        self.begun = False
         self.entries = 0
         self.bytes = 0
 
@@ -64,6 +65,7 @@ class Task:
 
     def advance(self, entries: int = 1, size: int = 0) -> None:
         """Note progress; raise Cancelled when asked to stop."""
+        self.begun = True
         self.entries += entries
         self.bytes += size
         if self._cancelled.is_set():

@@ -53,14 +53,12 @@ class Watch:
         return standing
 
     def _tell(self, standing: Mapping[str, int]) -> None:
-        for name, milliseconds in standing.items():
-            if milliseconds * 1_000_000 < self._told_after:
-                if name in self._told:
-                    self._told.discard(name)
-                    log.info("it goes on", what=name)
-            elif name not in self._told:
-                self._told.add(name)
-                log.error("it stands still", what=name, seconds=milliseconds // 1000, stack=stack_of(name))
+        still = {name: ms for name, ms in standing.items() if ms * 1_000_000 >= self._told_after}
+        for name in self._told - still.keys():
+            log.info("it goes on", what=name)
+        for name in still.keys() - self._told:
+            log.error("it stands still", what=name, seconds=still[name] // 1000, stack=stack_of(name))
+        self._told = set(still)
 
 
 def stack_of(name: str) -> list[str]:

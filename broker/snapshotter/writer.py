@@ -525,7 +525,7 @@ class Writer:
         return {
             f"{need.labour.value} of snapshot {need.snapshot.id}": (task.entries, task.bytes)
             for operation in list(self._working)
-            if (task := operation.task) is not None and (task.entries or task.bytes)
+            if (task := operation.task) is not None and task.begun
             for need in operation.needs
         }
 

@@ -104,6 +104,24 @@ def test_whoever_waits_is_told_before_a_disk_lets_go_of_the_process(start_daemon
         daemon.stop()
 
 
+@pytest.mark.root
+def test_a_call_that_stands_still_before_it_made_anything_is_told(start_daemon: StartDaemon) -> None:
+    with loop_filesystem("ext4", 128 << 20, "-m", "0") as disk:
+        daemon = start(start_daemon, backend="native", root=str(disk / "root"), metadata=str(disk.parent / "metadata"))
+        with daemon.wire("hurt") as wire:
+            call = Prepare(key="stuck")
+            subprocess.run(["fsfreeze", "--freeze", disk], check=True)
+            try:
+                number = wire.send(call)
+                wait_until(lambda: '"what": "create of snapshot' in daemon.log(), "it is told")
+            finally:
+                subprocess.run(["fsfreeze", "--unfreeze", disk], check=True)
+            assert isinstance(list(wire.parts(number, (call,)))[-1][1], MountsAnswer)
+            wait_until(lambda: "it goes on" in daemon.log(), "it is told")
+        assert daemon.actor("hurt").restarts == 0
+        daemon.stop()
+
+
 def child(daemon: Daemon, niceness: int) -> psutil.Process | None:
     """The child process that stocks (0) or deletes (10)."""
     for process in psutil.Process(daemon.actor("hurt").pid).children():
