@@ -97,7 +97,11 @@ func TestLookAway(t *testing.T) {
 		l := c.connection.lookout
 		l.open(false)
 		done = sendBatch(ctx, c)
-		f.outcomes(f.next(), true, okInfo(0, "meanwhile"))
+		r := f.next()
+		// Who sent it has looked once more for a reply when it gives up the lock.
+		c.connection.io.Lock()
+		f.outcomes(r, true, okInfo(0, "meanwhile"))
+		c.connection.io.Unlock()
 		l.wait()
 		c.connection.lookAway()
 		select {

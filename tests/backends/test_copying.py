@@ -405,16 +405,16 @@ class TestTask:
 
 
 class WaitingFor(Task):
-    """A copy that goes on from its fourth mebibyte once something has begun."""
+    """A copy that goes on from its fourth mebibyte once something has reached."""
 
-    def __init__(self, begun):
+    def __init__(self, reached):
         super().__init__()
-        self.begun = begun
+        self.reached = reached
 
     def advance(self, entries=1, size=0):
         super().advance(entries, size)
         if self.bytes == 4 * MEBIBYTE:
-            assert self.begun.wait(30)
+            assert self.reached.wait(30)
 
 
 class TestEarlyFlush:

@@ -20,7 +20,7 @@ from snapbroker.errors import FailedPrecondition, NotFound
 from snapbroker.protocol import Prepare, Progress
 from tests.daemon import support
 from tests.daemon.support import Bystander, Ledger, Load, queue_of
-from tests.harness import Daemon, audit_clean
+from tests.harness import Daemon, audit_clean, is_ended
 
 pytestmark = pytest.mark.root
 
@@ -93,7 +93,7 @@ def test_a_daemon_killed_under_load(disk_daemon: Daemon, disk_snapshotter: str) 
             actors = [psutil.Process(actor.pid) for actor in disk_daemon.status().snapshotters]
             # This waits for the actors too, and says so when one outlives its broker.
             disk_daemon.kill()
-            assert not any(actor.is_running() for actor in actors)
+            assert all(map(is_ended, actors))
             load.stop()
             boundary = support.next_id_of(disk_daemon, disk_snapshotter)
             disk_daemon.start()

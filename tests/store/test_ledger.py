@@ -33,6 +33,8 @@ class Kept:
         self.thread.start()
 
     def stop(self) -> None:
+        # What stops before its file is there leaves that to the next start.
+        self.wait(lambda: self.ledger.statistics()["rewritten"])
         self.ledger.stop()
         self.thread.join(30)
         assert not self.thread.is_alive()
