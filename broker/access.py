@@ -13,12 +13,12 @@ from functools import lru_cache
 from typing import Any, Final, get_args
 
 import msgspec
-import structlog
 
+from broker.logs import get_logger
 from snapbroker.errors import BrokerError, PermissionDenied
 from snapbroker.protocol import Audit, Call, Repair, decoder, encode
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class Role(IntEnum):

@@ -22,12 +22,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import anyio
-import structlog
 import zmq
 
 from broker import privileges
 from broker.access import Denials, narrowed
 from broker.gate import Gate, told_user
+from broker.logs import get_logger
 from broker.sockets import FramePort
 from snapbroker.errors import Unauthenticated
 from snapbroker.protocol import heartbeat_topic
@@ -35,7 +35,7 @@ from snapbroker.protocol import heartbeat_topic
 if TYPE_CHECKING:
     from broker.keys import Entry
 
-log = structlog.get_logger()
+log = get_logger()
 
 REBIND_PAUSE_S: Final = 0.005
 """Between two attempts to bind an address that the closed socket has not let go of yet: measured, one is enough."""

@@ -12,18 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final, Protocol
 
-import structlog
 import zmq
 from zmq.utils import z85
 
 from broker.access import Denials
+from broker.logs import get_logger
 from broker.sockets import Port
 from snapbroker.errors import Unauthenticated
 
 if TYPE_CHECKING:
     from broker.keys import Entry, Keyring
 
-log = structlog.get_logger()
+log = get_logger()
 
 ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
 ZAP_VERSION: Final = b"1.0"

@@ -23,14 +23,14 @@ from typing import Final
 import anyio
 import anyio.to_thread
 import msgspec
-import structlog
 
 from broker.access import ENTRIES_MAX, ROLES, Grant, Role, encode_grant
+from broker.logs import get_logger
 from snapbroker import keyfiles
 from snapbroker.contract import check_namespace
 from snapbroker.errors import AlreadyExists, BrokerError, FailedPrecondition, InvalidArgument, NotFound
 
-log = structlog.get_logger()
+log = get_logger()
 
 SERVER: Final = "server"
 """The name that no client can have."""

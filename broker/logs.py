@@ -5,9 +5,31 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
-import structlog
+
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+    """What is imported inside does not find this module, unless it was there before."""
+    modules: dict[str, Any] = sys.modules
+    if name in modules:
+        yield
+        return
+    modules[name] = None
+    try:
+        yield
+    finally:
+        del modules[name]
+
+
+# The command line has rich installed, and structlog would load it to draw tracebacks, which no log here wants: a fifth
+# of each process's start, by which an actor that died is back later.
+with _without("rich"):
+    import structlog
+
+get_logger = structlog.get_logger
+bind = structlog.contextvars.bind_contextvars
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 

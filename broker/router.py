@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
-import structlog
 import zmq
 
 from broker.access import WHOLE, Denials, Grant, decode_grant
 from broker.actor import fairness, mailbox
 from broker.actor.fairness import Admission
 from broker.gate import Gate, is_generated, told_user
+from broker.logs import get_logger
 from broker.sockets import FramePort, Port
 from snapbroker.errors import (
     BrokerError,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from broker.actor.supervisor import Actor
     from broker.keys import Entry
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 REMOTE: Final = b"\0remote:"

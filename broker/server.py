@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Final
 
 import anyio
 import msgspec
-import structlog
 import zmq
 
 from backends import registry
@@ -25,6 +24,7 @@ from broker.config import Config, SnapshotterSection
 from broker.gate import Gate
 from broker.keys import Entry, Keyring
 from broker.lock import lock_directory
+from broker.logs import get_logger
 from broker.publisher import Publisher
 from broker.router import Router
 from broker.snapshotter.actor import Setup, kept_by
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from backends.api import Support
 
-log = structlog.get_logger()
+log = get_logger()
 
 ACTOR_MODULE = "broker.snapshotter"
 STARTING: Final = frozenset(("chown", "dac_override", "fowner", "fsetid", "setpcap", "sys_admin", "net_bind_service"))

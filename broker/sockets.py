@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import anyio
-import structlog
 import zmq
 
+from broker.logs import get_logger
 from snapbroker.messages import NOBLOCK, readable, receive, send
 
-log = structlog.get_logger()
+log = get_logger()
 
 DRAIN_MAX: Final = 4
 """Messages taken before the loop gets a turn, a tenth of a millisecond: a flood on one socket starves no other."""

@@ -6,9 +6,10 @@ import os
 import socket
 
 import anyio
-import structlog
 
-log = structlog.get_logger()
+from broker.logs import get_logger
+
+log = get_logger()
 
 
 def notify(message: str) -> None:

@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from typing import Final
 
 import anyio
-import structlog
 
+from broker.logs import get_logger
 from snapbroker.protocol import decoder, encode
 
-log = structlog.get_logger()
+log = get_logger()
 
 RECEIVE_BYTES: Final = 64 * 1024
 """Taken from the kernel at once."""

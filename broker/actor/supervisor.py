@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import anyio
 import psutil
-import structlog
 
 from broker.actor.link import Link
+from broker.logs import get_logger
 from snapbroker.protocol import ActorStatus, decoder
 
 if TYPE_CHECKING:
     from anyio.abc import Process
 
-log = structlog.get_logger()
+log = get_logger()
 
 WATCH_S = 1.0
 """How often an actor's silence is looked at."""

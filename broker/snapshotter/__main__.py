@@ -9,7 +9,6 @@ import sys
 
 import anyio
 import msgspec
-import structlog
 
 from backends import failpoints
 from broker import logs, loop, privileges
@@ -23,7 +22,7 @@ REPORT_INTERVAL_S = 1.0
 LAST_WORDS_S = 1.0
 """How long what is still to be sent may take when all is done."""
 
-log = structlog.get_logger()
+log = logs.get_logger()
 
 
 def main() -> int:
@@ -39,7 +38,7 @@ def main() -> int:
     # What the supervisor asks for before it kills an actor whose loop does not answer.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     logs.configure(setup.log_level, setup.log_format)
-    structlog.contextvars.bind_contextvars(snapshotter=setup.name)
+    logs.bind(snapshotter=setup.name)
     failed = False
     try:
         loop.run(serve, setup, line, sys.argv[3] != "0")

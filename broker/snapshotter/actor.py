@@ -16,13 +16,13 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import msgspec
-import structlog
 
 from backends import registry
 from backends.api import Backend, Copying, Pooled
 from broker import privileges
 from broker.actor.fairness import Mix
 from broker.lock import lock_directory
+from broker.logs import get_logger
 from broker.snapshotter import ground
 from broker.snapshotter.audits import Audits, OnlineAccess
 from broker.snapshotter.crew import Crew
@@ -44,7 +44,7 @@ from broker.store.environment import DATABASE
 from broker.store.ledger import check_not_lost, check_not_older, last_word
 from snapbroker.protocol import ActorStatus, encode
 
-log = structlog.get_logger()
+log = get_logger()
 
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread may keep the interpreter from the loop: reads are answered while the writer computes."""

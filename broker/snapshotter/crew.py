@@ -23,11 +23,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import structlog
-
 from backends.api import Task, TooMany
 from backends.failpoints import reach
 from broker.actor.fairness import FairQueue
+from broker.logs import get_logger
 from broker.snapshotter.hands import Hand, Place, failure_of
 from snapbroker.contract import Kind
 from snapbroker.errors import Cancelled
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
     from backends.api import Copying, Snapshot
 
-log = structlog.get_logger()
+log = get_logger()
 
 BATCH: Final = 16
 """Most small copies handed over at a time: some milliseconds of work."""

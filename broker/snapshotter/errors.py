@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 from typing import Final
 
-import structlog
-
+from broker.logs import get_logger
 from snapbroker.errors import BrokerError, Internal, ResourceExhausted
 
-log = structlog.get_logger()
+log = get_logger()
 
 _EXHAUSTED: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM))
 

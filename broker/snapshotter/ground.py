@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import structlog
-
+from broker.logs import get_logger
 from snapbroker.errors import Unavailable
 
-log = structlog.get_logger()
+log = get_logger()
 
 LAYOUT: Final = ("snapshots", "trash")
 """Directories of a root that are looked at where the backend has them."""

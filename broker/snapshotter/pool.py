@@ -17,11 +17,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
-import structlog
 
 from backends.api import Task
 from backends.failpoints import reach
 from broker.actor.fairness import FairQueue, Mix
+from broker.logs import get_logger
 from broker.snapshotter.errors import error_of_system
 from snapbroker.errors import BrokerError, Unavailable
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from broker.snapshotter.ids import Ids
 
-log = structlog.get_logger()
+log = get_logger()
 
 BATCH: Final = 128
 """Directories made for one flush: about ten milliseconds of work."""

@@ -13,9 +13,8 @@ import threading
 from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Final
 
-import structlog
-
 from backends.failpoints import reach
+from broker.logs import get_logger
 from broker.snapshotter.verbs import snapshot_of
 from broker.snapshotter.writer import Errand
 from broker.store.idset import IdSet
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from broker.snapshotter.writer import Writer
     from broker.store import Snapshots
 
-log = structlog.get_logger()
+log = get_logger()
 
 PAGE: Final = 64
 """Records looked at in one turn: about a millisecond."""

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 import msgspec
-import structlog
 from anyio.abc import TaskGroup
 
 from backends.api import Snapshot, Task
 from backends.failpoints import reach
 from broker.access import WHOLE, Denials, Grant, decode_grant
+from broker.logs import get_logger
 from broker.snapshotter.errors import error_of
 from broker.snapshotter.operations import Delivery, Operation, Result
 from broker.snapshotter.writer import READ_WEIGHT, Errand
@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     from broker.snapshotter.trash import Trash
     from broker.snapshotter.writer import Writer
 
-log = structlog.get_logger()
+log = get_logger()
 
 PART_BYTES_MAX: Final = 4 * 1024 * 1024
 """Outcomes gathered before a part is sent."""

@@ -19,14 +19,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-import structlog
-
 from backends.failpoints import reach
 from backends.syscalls import free_bytes
+from broker.logs import get_logger
 from broker.snapshotter.reserve import SpaceLimits, lacking
 from snapbroker.errors import BrokerError
 
-log = structlog.get_logger()
+log = get_logger()
 
 BALLAST: Final = "ballast"
 _LOOK_NS: Final = 10_000_000

@@ -13,16 +13,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
-import structlog
-
 from backends.api import Task
 from backends.failpoints import reach
+from broker.logs import get_logger
 from snapbroker.contract import Usage
 
 if TYPE_CHECKING:
     from backends.api import Backend
 
-log = structlog.get_logger()
+log = get_logger()
 
 QUEUE_MAX: Final = 65_536
 """Tokens kept in memory; beyond, the directory on disk is the queue."""

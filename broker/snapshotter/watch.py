@@ -14,9 +14,9 @@ import traceback
 from collections.abc import Callable, Hashable, Mapping
 from typing import Final
 
-import structlog
+from broker.logs import get_logger
 
-log = structlog.get_logger()
+log = get_logger()
 
 ASLEEP_NS: Final = 3_000_000_000
 """A pause between two looks that is longer was nobody's fault here: the process or the machine did not run."""

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Final
 
 import lmdb
 import msgspec
-import structlog
 
 from backends.api import Backend, Glance, Snapshot, Task, TooMany
 from backends.failpoints import reach
+from broker.logs import get_logger
 from broker.snapshotter.crew import Order
 from broker.snapshotter.errors import error_of
 from broker.snapshotter.inbox import Inbox
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from broker.store.journal import Turn
     from broker.store.outcomes import OutcomeTurn
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class WriterLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import lmdb
 import msgspec
-import structlog
 
 from backends.failpoints import reach
+from broker.logs import get_logger
 from broker.store.inspection import Inspection
 from broker.store.records import is_committed
 from snapbroker.errors import FailedPrecondition
@@ -35,7 +35,7 @@ from snapbroker.errors import FailedPrecondition
 if TYPE_CHECKING:
     from broker.store.environment import Environment
 
-log = structlog.get_logger()
+log = get_logger()
 
 NAME: Final = "ledger"
 HEADER: Final = b"SNBL\x01\n"

@@ -15,12 +15,11 @@ import time
 from pathlib import Path
 from typing import Final
 
-import structlog
-
 from backends.failpoints import reach
 from backends.syscalls import EXT4_MAGIC, XFS_MAGIC, filesystem_magic, free_bytes
+from broker.logs import get_logger
 
-log = structlog.get_logger()
+log = get_logger()
 
 STEP_MIN_BYTES: Final = 1 << 20
 """By how much the file grows at least: a second's worth of a few thousand prepares."""
