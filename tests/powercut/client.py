@@ -88,6 +88,11 @@ class Client(threading.Thread):
         """Finish the step under way."""
         self._halt.set()
 
+    def abandon(self) -> None:
+        """Finish without patience: whoever calls this has no use for the outcome of the step under way."""
+        self._patience_s = 0.0
+        self._halt.set()
+
     def close(self) -> None:
         """Close the connection; the next request opens another."""
         if self._wire is not None:
@@ -120,18 +125,18 @@ class Client(threading.Thread):
 
     def ask(self, said: Said) -> list[Result]:
         """The results of a request, repeated while the broker is away if this client does that."""
-        give_up = time.monotonic() + self._patience_s
+        begun = time.monotonic()
         while True:
             try:
                 results = self._once(said)
             except (Silence, *_AWAY) as error:
                 self.close()
-                if time.monotonic() > give_up:
+                if time.monotonic() > begun + self._patience_s:
                     raise
                 pause = _pause(error)
             else:
                 away = [result for result in results if isinstance(result, _AWAY)]
-                if not away or time.monotonic() > give_up:
+                if not away or time.monotonic() > begun + self._patience_s:
                     return results
                 pause = _pause(away[0])
             self.repeats += 1

@@ -87,10 +87,14 @@ class Soak:
             self._clients = [
                 self._client(name, number) for name in self._daemon.snapshotters for number in range(CLIENTS)
             ]
-            for thread in (self._watch, self._follower, self._slow, *self._clients):
+            for thread in (self._watch, self._follower, self._slow):
                 thread.start()
                 undo.callback(thread.join)
                 undo.callback(thread.stop)
+            for client in self._clients:
+                client.start()
+                undo.callback(client.join)
+            undo.callback(lambda: [client.abandon() for client in self._clients])
             self._undo = undo.pop_all()
         return self
 

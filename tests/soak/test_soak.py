@@ -29,6 +29,21 @@ def test_a_short_soak() -> None:
     assert figures["files_verified"]
 
 
+@pytest.mark.root
+@pytest.mark.timeout(120)
+def test_what_breaks_a_soak_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not when its clients, whose daemon is gone, have lost their patience, which is minutes."""
+
+    def broken(soak: Soak, _: float) -> None:
+        soak._daemon.kill()
+        raise AssertionError("it did not start again")
+
+    monkeypatch.setattr("tests.soak.run.TICK_S", 0.1)
+    monkeypatch.setattr(Soak, "_tick", broken)
+    with pytest.raises(AssertionError, match="did not start again"), Soak(SECONDS, 1, print) as soak:
+        soak.run()
+
+
 def watched(life: Life) -> list[str]:
     watch = Watch(Daemon.__new__(Daemon))
     watch.lives["broker"] = {1: Life([1], [1], [1]), 2: life}
