@@ -303,6 +303,7 @@ func TestCancelAndDeadline(t *testing.T) {
 		t.Error("a call that was not sent is in doubt")
 	}
 	hasty := d.dial(WithTimeout(50 * time.Millisecond))
+	must(hasty.Status(base))(t) // It is connected from here on.
 	if told := refused(t, hasty.Remove(context.Background(), "there"), ErrDeadlineExceeded); !told.InDoubt {
 		t.Error("a change without an answer is not in doubt")
 	}

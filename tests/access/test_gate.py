@@ -249,8 +249,10 @@ def test_refusals_are_logged_with_who_and_why(gate: Guarded, red: Curve) -> None
 async def test_both_clients_go_on_after_a_crash_of_the_daemon() -> None:
     with guarded("memory") as found:
         curve = found.grant("farm", "write", "red")
-        with found.client(curve, patience=READY_S) as broker, broker.events() as events:
-            async with found.aio_client(curve, patience=READY_S) as other:
+        # On a busy machine the daemon takes longer to come back than a call waits for one by default.
+        patient = {"patience": READY_S, "connect_timeout": READY_S}
+        with found.client(curve, **patient) as broker, broker.events() as events:
+            async with found.aio_client(curve, **patient) as other:
                 broker.prepare("before")
                 event = events.poll(READY_S)
                 assert event is not None
