@@ -622,8 +622,8 @@ def _begin_commit(dir_fd: int, repeats: int = COMMIT_REPEATS_MAX) -> bytes:
 
     The kernel has its transaction thread do it, and wakes that once: when it was just about to go to sleep after the
     commit before, the wake-up is lost, and the caller waits in the kernel until the thread wakes by itself, up to 30
-    seconds later (the mount option `commit`). It happened once in 18,000 commits, on Linux 6.18. Asked again the
-    thread wakes, so a call that takes long is repeated beside the first.
+    seconds later (the mount option `commit`). It happened once in 6,000 to 18,000 commits, on Linux 6.18. Asked again
+    the thread wakes, so a call that takes long is repeated beside the first.
     """
     if not repeats:
         return fcntl.ioctl(dir_fd, _BTRFS_IOC_START_SYNC, bytes(8))

@@ -15,14 +15,13 @@ from broker import config as configuration
 from broker import keys, logs, loop, privileges
 from broker.access import ROLES
 from broker.commands import audit, backup, rebuild
-from broker.logs import get_logger
 from broker.server import Finding, Server, examine, privileges_of, version
 from snapbroker.errors import BrokerError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-log = get_logger()
+log = logs.get_logger()
 
 COMMANDS = {"audit": audit, "backup": backup, "rebuild": rebuild}
 """Those that work on a root instead of serving it."""

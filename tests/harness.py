@@ -234,18 +234,6 @@ def is_ended(process: psutil.Process) -> bool:
         return True
 
 
-def stacks(processes: Iterable[psutil.Process]) -> str:
-    """Where in the kernel the threads of these processes are, and those of any other that cannot be interrupted."""
-    family = {process.pid for process in processes}
-    told: list[str] = []
-    for task in Path("/proc").glob("[0-9]*/task/*"):
-        with contextlib.suppress(OSError):
-            name, state = (task / "comm").read_text().strip(), (task / "stat").read_text().rsplit(")", 1)[1].split()[0]
-            if state == "D" or int(task.parts[2]) in family:
-                told.append(f"{task.parts[2]}/{task.name} {name} {state}\n{(task / 'stack').read_text()}")
-    return "\n".join(told)
-
-
 class Daemon:
     """One `snapbrokerd` with a configuration, a root and a runtime directory of its own.
 
@@ -406,8 +394,16 @@ class Daemon:
             self.remove()
 
     def stacks(self) -> str:
-        """Where in the kernel its processes are, for the note of a failure."""
-        return stacks([psutil.Process(self.pid), *self._descendants()]) if self.process is not None else ""
+        """Where in the kernel its threads are, and those of any process that cannot be interrupted."""
+        family = {self.pid, *(process.pid for process in self._descendants())} if self.process is not None else set()
+        told: list[str] = []
+        for task in Path("/proc").glob("[0-9]*/task/*"):
+            with contextlib.suppress(OSError):
+                state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+                if state == "D" or int(task.parts[2]) in family:
+                    name, stack = (task / "comm").read_text().strip(), (task / "stack").read_text()
+                    told.append(f"{task.parts[2]}/{task.name} {name} {state}\n{stack}")
+        return "\n".join(told)
 
     def _descendants(self) -> list[psutil.Process]:
         assert self.process is not None

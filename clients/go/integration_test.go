@@ -165,7 +165,7 @@ func TestBatches(t *testing.T) {
 
 func TestManyGoroutines(t *testing.T) {
 	t.Parallel()
-	const callers = 2000 // Fewer than one client may have waiting for the pool.
+	const callers = 3000
 	ctx := background(t)
 	c := sharedClient(t, "memory")
 	failures := make(chan error, callers)
