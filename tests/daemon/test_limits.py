@@ -308,14 +308,14 @@ def test_what_expired_in_the_mailbox_is_not_executed(limited: Daemon, wire: Wire
 
 
 def test_what_expired_before_its_turn_is_not_executed(limited: Daemon) -> None:
-    many = [Prepare(key=f"many-{n}") for n in range(1000)]
+    many = [Prepare(key=f"many-{n}") for n in range(200)]
     late = Prepare(key="late")
     with limited.wire("turns", "expiring") as wire, limited.wire("turns", "expiring") as other:
         with paused(limited, "turns"):
             number = wire.send(*many)
             limited.wait_for(lambda status: status.queues["mailbox.turns"]["open"] == 1)
-            # A turn has one operation here: there are a thousand flushes before this one's, but for another client's.
-            second = wire.send(late, timeout_ms=50)
+            # A turn has one operation here: there are two hundred flushes before this one's, but for another client's.
+            second = wire.send(late, timeout_ms=10)
             third = other.send(Prepare(key="another-client"), timeout_ms=10_000)
         assert [type(result) for result in end_of(other, third, late)] == [MountsAnswer]
         results = replies(wire, {number: many[0], second: late})
