@@ -123,11 +123,11 @@ class Native(files.Shelved):
     def flush(self, snapshots: Sequence[Snapshot]) -> None:
         """Write copies' data and directories to disk, in one flush of the filesystem for all who wait for one."""
         made = [snapshot for snapshot in snapshots if not _borrows(snapshot)]
-        if any(snapshot.parents for snapshot in made):
+        if len(made) == 1 and not made[0].parents:
+            self._directories.sync((str(made[0].id),), self._shelf.snapshots_fd)
+        elif made:
+            # Several empty ones are of several processes: the directory made last is not known.
             self._sync.sync(*(self._path(snapshot.id) for snapshot in made))
-            return
-        for snapshot in made:
-            self._directories.sync((str(snapshot.id),), self._shelf.snapshots_fd)
 
     def build(self, snapshot: Snapshot, task: Task) -> None:
         """Make the directory and copy the parent's tree into it."""

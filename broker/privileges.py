@@ -14,7 +14,7 @@ import ctypes
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 NAMES: Final = (
     "chown", "dac_override", "dac_read_search", "fowner", "fsetid", "kill", "setgid", "setuid", "setpcap",
@@ -84,6 +84,11 @@ def _reaching() -> int:
     return _mask((REACHING,)) if given else 0
 
 
+def kept_by(backend: type[Any]) -> frozenset[str]:
+    """The capabilities that a backend needs once it is open; all, where it does not say."""
+    return frozenset(getattr(backend, "privileges", ALL))
+
+
 def keep(names: Iterable[str]) -> None:
     """Give up every capability but these, for good."""
     wanted = _mask(names) | _reaching()
@@ -103,6 +108,12 @@ def rest() -> None:
     """Have no capability in force in this thread, nor in those it starts, until `raised`."""
     _, permitted, inheritable = _get()
     _set(permitted & _reaching(), permitted, inheritable)
+
+
+def rise() -> None:
+    """Have in force what is permitted, for good."""
+    _, permitted, inheritable = _get()
+    _set(permitted, permitted, inheritable)
 
 
 @contextmanager

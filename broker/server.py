@@ -18,6 +18,7 @@ import zmq
 from backends import registry
 from broker import loop, places, privileges
 from broker.access import Grant, local_grant
+from broker.actor.forks import ForkServerProcess
 from broker.actor.supervisor import Actor, Supervisor, figures
 from broker.audience import Audience
 from broker.config import Config, SnapshotterSection
@@ -27,7 +28,7 @@ from broker.lock import lock_directory
 from broker.logs import get_logger
 from broker.publisher import Publisher
 from broker.router import Router
-from broker.snapshotter.actor import Setup, kept_by
+from broker.snapshotter.actor import Setup
 from broker.snapshotter.space import Ballast
 from broker.systemd import keep_watchdog, notify
 from snapbroker.errors import BrokerError, FailedPrecondition, Unimplemented
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 log = get_logger()
 
-ACTOR_MODULE = "broker.snapshotter"
+ACTORS_MODULE: Final = "broker.snapshotter"
 STARTING: Final = frozenset(("chown", "dac_override", "fowner", "fsetid", "setpcap", "sys_admin", "net_bind_service"))
 """Capabilities for a start: making directories, giving sockets away, trying mounts, dropping the others."""
 
@@ -141,7 +142,7 @@ class Server:
         self._gate: Gate | None = None
         if config.tcp.endpoint:
             self._gate = self._open_remote([finding.name for finding in findings])
-        self._supervisor = Supervisor(config.supervisor)
+        self._supervisor = Supervisor(config.supervisor, ForkServerProcess(ACTORS_MODULE))
         self._unsettled = {finding.name for finding in findings}
         self._told_ready = False
         for finding in findings:
@@ -184,7 +185,7 @@ class Server:
         )
         actor = Actor(
             finding.name,
-            ACTOR_MODULE,
+            "actor",
             msgspec.json.encode(setup),
             self._router.from_actor,
             self._ready,
@@ -302,6 +303,7 @@ class Server:
                     self._router.stop()
                     late.start_soon(self._supervisor.kill_late)
                 late.cancel_scope.cancel()
+        await self._supervisor.close()
 
     def _close(self) -> None:
         """Let go of sockets and places."""
@@ -338,7 +340,7 @@ def _shown_to(grant: Grant, status: StatusAnswer) -> StatusAnswer:
 
 def privileges_of(findings: Sequence[Finding]) -> frozenset[str]:
     """The capabilities that the actors need: for opening their backends, and after it."""
-    return STARTING.union(*(kept_by(registry.load(finding.backend)) for finding in findings))
+    return STARTING.union(*(privileges.kept_by(registry.load(finding.backend)) for finding in findings))
 
 
 def refuse_taken(endpoint: str) -> None:

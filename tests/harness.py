@@ -28,11 +28,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
+import anyio
 import msgspec
 import psutil
 import zmq
 
+from broker.actor.forks import Forks, ForkServerProcess
 from broker.main import main as snapbrokerd
+from broker.server import ACTORS_MODULE
 from snapbroker import blocking, sockets
 from snapbroker.contract import Info, Mount, Usage
 from snapbroker.errors import BrokerError
@@ -232,6 +235,16 @@ def is_ended(process: psutil.Process) -> bool:
         return process.status() == psutil.STATUS_ZOMBIE and len(process.threads()) <= 1
     except psutil.NoSuchProcess:
         return True
+
+
+@contextlib.contextmanager
+def fork_server() -> Iterator[Forks]:
+    """A connection to a fork server without a broker."""
+    server = ForkServerProcess(ACTORS_MODULE)
+    try:
+        yield server.launch()
+    finally:
+        anyio.run(server.close)
 
 
 class Daemon:
@@ -459,6 +472,15 @@ class Daemon:
     def actor(self, snapshotter: str) -> ActorStatus:
         """The figures of one snapshotter."""
         (found,) = [actor for actor in self.status().snapshotters if actor.name == snapshotter]
+        return found
+
+    def forked(self) -> dict[str, psutil.Process]:
+        """The daemon's processes by their titles: `fork server`, `overlayfs`, `overlayfs, deleter` and so on."""
+        found: dict[str, psutil.Process] = {}
+        for process in self._descendants():
+            with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+                # One that has ended has no command line.
+                found[process.cmdline()[0].removeprefix("snapbrokerd: ")] = process
         return found
 
     def root_of(self, snapshotter: str) -> Path:

@@ -3,7 +3,6 @@
 import errno
 import os
 import subprocess
-import sys
 import tempfile
 import threading
 from functools import partial
@@ -14,13 +13,12 @@ import pytest
 from backends.api import Snapshot, Task
 from backends.files import Shelf
 from backends.native import Native, NativeOptions
-from broker.snapshotter import crew as crews
 from broker.snapshotter import hands
 from broker.snapshotter.crew import BATCH, SMALL_ENTRIES, Crew, Order
 from broker.snapshotter.hands import Answer, Place
 from snapbroker.contract import Kind
 from snapbroker.errors import Cancelled, DeadlineExceeded, Unavailable
-from tests.harness import loop_filesystem
+from tests.harness import fork_server, loop_filesystem
 
 WAIT_S = 30
 SMALL, LARGE = 1, 2
@@ -37,9 +35,6 @@ class Hands:
         self.gates = {}
         self.failures = {}
         self.closed = False
-
-    def hand(self, place, niceness, lock):
-        return Hand(self)
 
     def gate(self, *ids):
         """Let jobs with these ids wait; the event lets them go on."""
@@ -133,12 +128,11 @@ class Outcomes(dict):
 
 
 class Scene:
-    def __init__(self, monkeypatch, size=3):
+    def __init__(self, size=3):
         self.hands, self.outcomes = Hands(), Outcomes()
         self.backend = Backend(self.hands)
         self.discarded = []
-        monkeypatch.setattr(crews, "Hand", self.hands.hand)
-        self.crew = Crew(self.backend, self.discarded.append, Place("x", "/", {}), size, 0)
+        self.crew = Crew(self.backend, self.discarded.append, [Hand(self.hands) for _ in range(size)])
 
     def order(self, id_, parent=SMALL, task=None, check=lambda: None):
         snapshot = Snapshot(id_, Kind.ACTIVE, (parent,))
@@ -163,8 +157,8 @@ class Scene:
 
 
 @pytest.fixture
-def scene(monkeypatch):
-    scene = Scene(monkeypatch)
+def scene():
+    scene = Scene()
     yield scene
     scene.crew.close()
     scene.crew.wait()
@@ -186,8 +180,8 @@ class TestOrder:
         gate.set()
         assert scene.outcomes.wait_for(1, 2, 3, 4) == [None] * 4
 
-    def test_one_hand_serves_large_and_small(self, monkeypatch):
-        scene = Scene(monkeypatch, size=1)
+    def test_one_hand_serves_large_and_small(self):
+        scene = Scene(size=1)
         scene.learn()
         for id_ in range(10):
             scene.order(id_, LARGE if id_ % 2 else SMALL)
@@ -330,8 +324,8 @@ class TestFailures:
 
 
 class TestStop:
-    def test_what_waits_and_what_comes_is_taken_back(self, monkeypatch):
-        scene = Scene(monkeypatch)
+    def test_what_waits_and_what_comes_is_taken_back(self):
+        scene = Scene()
         scene.learn()
         gate = scene.occupy(1, 2, 3, 4)
         scene.hands.wait_for(2)
@@ -367,17 +361,19 @@ class TestProcesses:
             (backend.root / f"snapshots/1/file-{number}").write_bytes(os.urandom(4096))
         lock = os.open(scratch, os.O_RDONLY)
         outcomes = Outcomes()
-        crew = Crew(backend, backend.discard, Place("native", str(backend.root), {}), 2, lock)
-        try:
-            (backend.root / "snapshots/50").mkdir()
-            for id_ in range(2, 100):
-                snapshot = Snapshot(id_, Kind.ACTIVE, (1,) if id_ % 10 else ())
-                crew.submit(Order(snapshot, Task(), lambda: None, partial(outcomes.tell, id_)))
-            outcomes.wait_for(*range(2, 100))
-        finally:
-            crew.close()
-            crew.wait()
-            os.close(lock)
+        place = Place("native, copier", "native", str(backend.root), {})
+        with fork_server() as forks:
+            crew = Crew(backend, backend.discard, [hands.Hand(place, 10, lock, forks) for _ in range(2)])
+            try:
+                (backend.root / "snapshots/50").mkdir()
+                for id_ in range(2, 100):
+                    snapshot = Snapshot(id_, Kind.ACTIVE, (1,) if id_ % 10 else ())
+                    crew.submit(Order(snapshot, Task(), lambda: None, partial(outcomes.tell, id_)))
+                outcomes.wait_for(*range(2, 100))
+            finally:
+                crew.close()
+                crew.wait()
+                os.close(lock)
         assert isinstance(outcomes.pop(50), FileExistsError)
         assert set(outcomes.values()) == {None}
         expected = {path.name: path.read_bytes() for path in (backend.root / "snapshots/1").iterdir()}
@@ -387,20 +383,13 @@ class TestProcesses:
         assert list(backend.discarded()) == []
 
 
-def test_a_hand_imports_little() -> None:
-    """A copy that is large waits for the child's start: structlog alone takes as long as all the rest."""
-    code = "import sys; before = set(sys.modules); import broker.snapshotter.hands; print(*set(sys.modules) - before)"
-    loaded = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
-    assert not {"structlog", "asyncio", "lmdb", "zmq", "anyio"} & set(loaded.split())
-
-
 @pytest.mark.root
 def test_a_hand_that_cannot_open_its_place_says_what_the_disk_says() -> None:
-    with loop_filesystem("ext4", 64 << 20) as path:
+    with fork_server() as forks, loop_filesystem("ext4", 64 << 20) as path:
         Shelf(path / "root").close()
         subprocess.run(["mount", "-o", "remount,ro", path], check=True)
         lock = os.open(path, os.O_RDONLY)
-        hand = hands.Hand(Place("overlayfs", str(path / "root"), {}), 0, lock)
+        hand = hands.Hand(Place("overlayfs, pool", "overlayfs", str(path / "root"), {}), 0, lock, forks)
         try:
             for _ in range(2):
                 with pytest.raises(OSError, match="Read-only") as refused:

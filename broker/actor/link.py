@@ -37,6 +37,19 @@ _frames = decoder(list[bytes]).decode
 Handler = Callable[[list[bytes]], None]
 
 
+def first_message(end: socket.socket) -> list[bytes]:
+    """Wait for the message that comes first, before there is a loop, and take no more than that."""
+    (length,) = _LENGTH.unpack(_exactly(end, _LENGTH.size))
+    return _frames(_exactly(end, length))
+
+
+def _exactly(end: socket.socket, size: int) -> bytes:
+    data = end.recv(size, socket.MSG_WAITALL)
+    if len(data) < size:
+        raise ConnectionResetError("the other end was closed before the first message")
+    return data
+
+
 def _nobody(_frames: list[bytes]) -> None:
     """What comes before anybody listens, or after: nothing does."""
 

@@ -1,6 +1,7 @@
 """The messages between the router and an actor, and the actor's end of their line.
 
-router to actor:  REQUEST, client's identity, request id, arrival (8 bytes, monotonic nanoseconds), grant, body
+router to actor:  SETUP, body         the first: what the actor is to be
+                  REQUEST, client's identity, request id, arrival (8 bytes, monotonic nanoseconds), grant, body
                   GRANT, key, grant   what the owner of a key may do has changed; the empty grant: nothing
                   STOP
 actor to router:  READY, body         once, when it serves
@@ -26,6 +27,7 @@ from typing import Final
 from broker.actor.link import Link
 from snapbroker.protocol import encode
 
+SETUP: Final = b"B"
 REQUEST: Final = b"Q"
 STOP: Final = b"X"
 GRANT: Final = b"G"

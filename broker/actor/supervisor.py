@@ -1,6 +1,6 @@
 """Starts actors, watches them, and restarts those that die or fall silent, each with a back-off of its own.
 
-An actor is a child process of this one. Its state goes
+An actor is a process forked by this one's fork server. Its state goes
 
     stopped -> starting -> ready -> (died, silent, stands still) -> unavailable -> starting ...
 
@@ -9,25 +9,22 @@ and whoever cares is told of every change. What the actor does inside is not kno
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 import anyio
 import psutil
 
+from broker.actor.forks import Child, ForkServerProcess
 from broker.actor.link import Link
+from broker.actor.mailbox import SETUP
 from broker.logs import get_logger
 from snapbroker.protocol import ActorStatus, decoder
-
-if TYPE_CHECKING:
-    from anyio.abc import Process
 
 log = get_logger()
 
@@ -107,11 +104,12 @@ def _figures(pid: int) -> Figures:
 class Actor:
     """One supervised process: how to start it, how it is, and the line to it, another one with every start.
 
-    `on_message` gets what comes on that line.
+    `run` is what the fork server calls what it runs. `setup` is the first message on the line, `on_message` gets what
+    comes on it.
     """
 
     name: str
-    module: str
+    run: str
     setup: bytes
     on_message: Callable[[Actor, list[bytes]], None]
     on_ready: Callable[[Actor], None]
@@ -122,7 +120,7 @@ class Actor:
     last_heard: float = 0.0
     retry_after_ms: int = 0
     status: ActorStatus | None = None
-    process: Process | None = None
+    process: Child | None = None
     link: Link | None = None
     heard: anyio.Event = field(default_factory=anyio.Event)
     served: bool = False
@@ -147,25 +145,16 @@ class Actor:
 
 def kill(actor: Actor) -> None:
     """Kill the actor's process, if it is still there."""
-    if actor.process is not None and actor.process.returncode is None:
-        with suppress(ProcessLookupError):
-            actor.process.kill()
-
-
-def _kill_children(leader: int) -> None:
-    """End what an actor left behind: a child that was stopped before it bound itself to its parent has the lock.
-
-    An actor leads a process group of its own, which its children belong to.
-    """
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(leader, signal.SIGKILL)
+    if actor.process is not None:
+        actor.process.kill()
 
 
 class Supervisor:
     """The actors of this broker; `run` supervises one of them until it is told to stop."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, fork_server: ForkServerProcess) -> None:
         self._limits = limits
+        self._fork_server = fork_server
         self.actors: dict[str, Actor] = {}
         self._stop = anyio.Event()
 
@@ -199,53 +188,38 @@ class Supervisor:
         actor.last_heard = time.monotonic()
         try:
             ours, theirs = socket.socketpair()
+            actor.link = Link(ours)
             with theirs:
-                actor.link = Link(ours)
-                process = await self._start(actor, theirs.fileno())
+                process = await self._fork_server.start(
+                    actor.run, int(actor.served), theirs.fileno(), timeout_s=self._limits.start_timeout_ms / 1000
+                )
         except OSError as error:
             log.error("an actor cannot be started", actor=actor.name, error=str(error))
             actor.state = "unavailable"
+            if actor.link is not None:
+                actor.link.close()
             return
         actor.link.listen(lambda frames: actor.on_message(actor, frames), lambda: None)
+        actor.link.send((SETUP, actor.setup))
         actor.pid, actor.process = process.pid, process
         if self._is_stopping():
             kill(actor)
-        status: int | None = None
         try:
-            await self._feed(process, actor.setup)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._watch, actor, process)
-                status = await process.wait()
+                await anyio.wait_readable(process.line)
                 tasks.cancel_scope.cancel()
+            status = process.wait()
             if not self._is_stopping():
                 log.error("an actor died", actor=actor.name, pid=actor.pid, exit_status=status)
         finally:
-            if process.returncode is None:
-                process.kill()
-            _kill_children(process.pid)
+            process.kill()
             actor.state = "unavailable"
             actor.pid = 0
             actor.on_gone(actor)
             actor.link.close()
 
-    @staticmethod
-    async def _start(actor: Actor, descriptor: int) -> Process:
-        numbers = (os.getpid(), descriptor, int(actor.served))
-        command = [sys.executable, "-P", "-m", actor.module, *map(str, numbers)]
-        return await anyio.open_process(
-            command, stdin=-1, stdout=None, stderr=None, pass_fds=(descriptor,), start_new_session=True
-        )
-
-    @staticmethod
-    async def _feed(process: Process, setup: bytes) -> None:
-        if process.stdin is not None:
-            try:
-                await process.stdin.send(setup)
-                await process.stdin.aclose()
-            except (anyio.BrokenResourceError, OSError):
-                return  # It died at once; the wait for it says so.
-
-    async def _watch(self, actor: Actor, process: Process) -> None:
+    async def _watch(self, actor: Actor, process: Child) -> None:
         """Kill the process when it does not get ready, or falls silent."""
         with anyio.move_on_after(self._limits.start_timeout_ms / 1000) as starting:
             await actor.heard.wait()
@@ -274,21 +248,19 @@ class Supervisor:
                 return
 
     @staticmethod
-    async def _give_up(actor: Actor, process: Process) -> None:
+    async def _give_up(actor: Actor, process: Child) -> None:
         """Let the process write where its threads are, tell its callers, and kill it.
 
         Whoever waits for it is told before its end: a thread that waits for a disk in the kernel keeps a killed
         process for as long as that takes, and its successor waits for the end, since the root is its.
         """
-        with suppress(ProcessLookupError):
-            process.send_signal(STACKS_SIGNAL)
+        process.send_signal(STACKS_SIGNAL)
         await anyio.sleep(STACKS_S)
         actor.state = "unavailable"
         actor.on_gone(actor)
         if actor.link is not None:
             actor.link.close()
-        with suppress(ProcessLookupError):
-            process.kill()
+        process.kill()
 
     def _is_stopping(self) -> bool:
         return self._stop.is_set()
@@ -300,6 +272,10 @@ class Supervisor:
             if actor.state == "starting":
                 kill(actor)
 
+    async def close(self) -> None:
+        """Let the fork server end, when no actor is there any more."""
+        await self._fork_server.close()
+
     async def kill_late(self) -> None:
         """Kill what has not ended in time after a stop."""
         await anyio.sleep(self._limits.stop_timeout_ms / 1000)
@@ -307,6 +283,7 @@ class Supervisor:
             if actor.pid:
                 log.error("an actor did not stop in time and is killed", actor=actor.name)
                 kill(actor)
+        self._fork_server.kill()
 
     def statuses(self) -> tuple[ActorStatus, ...]:
         """Every actor's figures, with what psutil says."""

@@ -1,4 +1,4 @@
-"""The process of one snapshotter: reads its Setup from standard input, then serves its mailbox."""
+"""The fork server's process, and the actors that it becomes: each learns its Setup, then serves its mailbox."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import sys
 
 import anyio
 import msgspec
+from setproctitle import setproctitle
 
 from backends import failpoints
 from broker import logs, loop, privileges
+from broker.actor.forks import Forks, ForkServer
 from broker.actor.lineage import die_with_parent
-from broker.actor.link import Link
+from broker.actor.link import Link, first_message
 from broker.actor.mailbox import Mailbox
-from broker.snapshotter.actor import Setup, SnapshotterActor, kept_by
+from broker.snapshotter import hands
+from broker.snapshotter.actor import Setup, SnapshotterActor
+from broker.snapshotter.hands import HAND
 from snapbroker.errors import BrokerError
 
 REPORT_INTERVAL_S = 1.0
@@ -25,30 +29,42 @@ LAST_WORDS_S = 1.0
 log = logs.get_logger()
 
 
-def main() -> int:
-    """Run until the router says stop; the exit status tells the supervisor."""
+def main() -> None:
+    """Be the fork server of a broker, whose process id and end of a connection are the arguments."""
     die_with_parent(int(sys.argv[1]))
-    failpoints.arm(failpoints.ACTOR)
-    line = socket.socket(fileno=int(sys.argv[2]))
-    line.set_inheritable(False)
-    setup = msgspec.json.decode(sys.stdin.buffer.read(), type=Setup)
+    owner = socket.socket(fileno=int(sys.argv[2]))
+    owner.set_inheritable(False)
     # The broker handles the terminal's signals and tells its actors.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    setproctitle("snapbrokerd: fork server")
+    privileges.rest()
+    loop.settle()
+    ForkServer(owner, {"actor": run, HAND: hands.run}).run()
+
+
+def run(again: int, forks: Forks, given: list[int]) -> int:
+    """Be an actor until the router says stop; `again` when an earlier process has served. Given: the mailbox's line."""
+    privileges.rise()
+    failpoints.arm(failpoints.ACTOR)
+    line = socket.socket(fileno=given[0])
+    _, body = first_message(line)
+    setup = msgspec.json.decode(body, type=Setup)
+    setproctitle(f"snapbrokerd: {setup.name}")
     # What the supervisor asks for before it kills an actor whose loop does not answer.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     logs.configure(setup.log_level, setup.log_format)
     logs.bind(snapshotter=setup.name)
     failed = False
     try:
-        loop.run(serve, setup, line, sys.argv[3] != "0")
+        loop.run(serve, setup, line, forks, bool(again))
     except* (BrokerError, OSError) as group:
         log.error("the snapshotter cannot run", errors=[str(error) for error in group.exceptions])
         failed = True
     return int(failed)
 
 
-async def serve(setup: Setup, line: socket.socket, again: bool) -> None:
+async def serve(setup: Setup, line: socket.socket, forks: Forks, again: bool) -> None:
     """Connect the mailbox to the snapshotter; `again` when an earlier process has served."""
     actor: SnapshotterActor
 
@@ -65,11 +81,12 @@ async def serve(setup: Setup, line: socket.socket, again: bool) -> None:
     # Before the first thread and the first child: both have what their starter has.
     actor = SnapshotterActor(
         setup,
+        forks,
         mailbox.reply,
         mailbox.events,
         mailbox.aside,
         mailbox.together,
-        lambda backend: privileges.keep(kept_by(type(backend))),
+        lambda backend: privileges.keep(privileges.kept_by(type(backend))),
         again=again,
     )
 
@@ -91,4 +108,4 @@ async def serve(setup: Setup, line: socket.socket, again: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

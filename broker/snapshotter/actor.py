@@ -19,8 +19,8 @@ import msgspec
 
 from backends import registry
 from backends.api import Backend, Copying, Pooled
-from broker import privileges
 from broker.actor.fairness import Mix
+from broker.actor.forks import Forks
 from broker.lock import lock_directory
 from broker.logs import get_logger
 from broker.snapshotter import ground
@@ -52,6 +52,8 @@ SWITCH_INTERVAL_S = 0.0005
 
 DELETER_NICENESS = 10
 """Deleting gets what nobody else wants of the processors."""
+COPIER_NICENESS = 10
+"""Copying yields to answering."""
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,17 +69,13 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     log_format: str = "json"
 
 
-def kept_by(backend: type[Any]) -> frozenset[str]:
-    """The capabilities that a backend needs once it is open; all, where it does not say."""
-    return frozenset(getattr(backend, "privileges", privileges.ALL))
-
-
 class SnapshotterActor:
     """The actor; `run` serves until `stop` was called and everything accepted is finished."""
 
     def __init__(
         self,
         setup: Setup,
+        forks: Forks,
         send: Send,
         publish: Callable[[list[tuple[str, int, bytes]]], None],
         aside: Callable[[bytes, bytes], None],
@@ -113,20 +111,26 @@ class SnapshotterActor:
         snapshots = Snapshots(self._environment, writes=True, note=self._ledger.note)
         self._journal = Journal(self._environment, setup.name, limits.journal)
         ids = Ids(self._environment, snapshots)
-        place = Place(setup.backend, setup.root, setup.options, limits.space)
-        self._deleter = Hand(place, DELETER_NICENESS, self._lock)
+
+        def hand(name: str, niceness: int) -> Hand:
+            title = f"{setup.name}, {name}"
+            place = Place(title, setup.backend, setup.root, setup.options, limits.space)
+            return Hand(place, niceness, self._lock, forks)
+
+        self._deleter = hand("deleter", DELETER_NICENESS)
         mix = self._mix = Mix()
         self._pool: Pool | None = None
         self._stockers: dict[str, Hand] = {}
         if isinstance(self.backend, Pooled) and limits.pool.pool_min:
             self._pool = Pool(ids, lambda id_: self._trash.discard(id_, None), limits.pool, mix)
-            self._stockers = {name: Hand(place, 0, self._lock) for name in self._pool.threads}
+            self._stockers = {name: hand(name, 0) for name in self._pool.threads}
         self._hands = [*self._stockers.values(), self._deleter]
         self._crew: Crew | None = None
         self._trash = Trash(self.backend, self._deleter, IDLE_S)
         if isinstance(self.backend, Copying):
             size = limits.hands or self.backend.hands
-            self._crew = Crew(self.backend, lambda id_: self._trash.discard(id_, None), place, size, self._lock)
+            copiers = [hand(f"copier-{number}", COPIER_NICENESS) for number in range(size)]
+            self._crew = Crew(self.backend, lambda id_: self._trash.discard(id_, None), copiers)
         layers_max = min(limits.layers_max, getattr(self.backend, "layers_max", limits.layers_max))
         self._space = Space(places, limits.space)
         self._ballast = Ballast(places, limits.space.ballast_bytes)
@@ -315,7 +319,7 @@ class SnapshotterActor:
 def vital(name: str, body: Callable[[], None]) -> None:
     """Run the body of a thread that the actor cannot live without; when it fails the process ends.
 
-    Half an actor would leave its callers waiting for ever; a whole new one is there in half a second, and nothing
+    Half an actor would leave its callers waiting for ever; a whole new one is there in a moment, and nothing
     acknowledged is lost.
     """
     threading.current_thread().name = name

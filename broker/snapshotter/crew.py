@@ -27,7 +27,7 @@ from backends.api import Task, TooMany
 from backends.failpoints import reach
 from broker.actor.fairness import FairQueue
 from broker.logs import get_logger
-from broker.snapshotter.hands import Hand, Place, failure_of
+from broker.snapshotter.hands import Hand, failure_of
 from snapbroker.contract import Kind
 from snapbroker.errors import Cancelled
 
@@ -46,8 +46,6 @@ SMALL_ENTRIES: Final = 64
 """Most files and directories of a copy that is small, so that nobody would take it back in the middle."""
 SMALL_BYTES: Final = 1 << 20
 """Most bytes of it."""
-NICENESS: Final = 10
-"""Copying yields to answering."""
 KNOWN_MAX: Final = 4096
 """Parents whose size is remembered."""
 
@@ -69,11 +67,11 @@ class Order:
 class Crew:
     """The hands of one backend (see the module); `discard` puts what is left of a snapshot into the trash."""
 
-    def __init__(self, backend: Copying, discard: Callable[[int], None], place: Place, size: int, lock: int) -> None:
+    def __init__(self, backend: Copying, discard: Callable[[int], None], hands: Sequence[Hand]) -> None:
         self._backend = backend
         self._discard = discard
-        self._hands = [Hand(place, NICENESS, lock) for _ in range(size)]
-        self._long_max = max(1, size - 1)
+        self._hands = hands
+        self._long_max = max(1, len(hands) - 1)
         self._lock = threading.Lock()
         self._ordered = threading.Condition(self._lock)
         self._finished = threading.Condition(self._lock)

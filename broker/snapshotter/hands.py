@@ -2,8 +2,8 @@
 
 In a thread of the actor this work would take the interpreter from the loop and the writer at every system call, tens
 of thousands of times a second; in a process of its own it takes what the processors have to spare. The child opens
-the same backend on the same root, answers one request at a time, and dies with its actor. It is started when there
-is something to do and let go when there was nothing for a while.
+the same backend on the same root, answers one request at a time, and dies with its actor. It is forked when there is
+something to do and let go when there was nothing for a while.
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ import contextlib
 import errno
 import os
 import signal
+import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 import msgspec
+from setproctitle import setproctitle
 
-from backends import failpoints
+from backends import failpoints, registry
 from backends.api import Snapshot, Task
 from backends.failpoints import reach
-from broker.actor.lineage import die_with_parent
+from broker import privileges
 from broker.snapshotter.reserve import SpaceLimits, lacking
 from snapbroker.contract import Kind
 from snapbroker.errors import BrokerError, Cancelled, Unavailable
@@ -34,6 +37,10 @@ from snapbroker.protocol import Fault, error_of, fault
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from broker.actor.forks import Child, Forks
+
+HAND: Final = "hand"
+"""What the fork server calls `run`."""
 IDLE_S: Final = 20.0
 """After this long without a request the child is let go."""
 LOOK_ENTRIES: Final = 256
@@ -45,8 +52,9 @@ _LENGTH: Final = struct.Struct(">I")
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Which backend the child opens, and what it leaves free there."""
+    """Which backend the child opens, what it leaves free there, and as what it shows among the processes."""
 
+    title: str
     backend: str
     root: str
     options: dict[str, Any]
@@ -103,15 +111,20 @@ def read(stream: IO[bytes]) -> bytes | None:
     return stream.read(_LENGTH.unpack(head)[0])
 
 
+Tell = Callable[[Answer], None]
+
+
 class Hand:
     """The actor's end of one such child; used by one thread, closed from any."""
 
-    def __init__(self, place: Place, niceness: int, lock: int) -> None:
+    def __init__(self, place: Place, niceness: int, lock: int, forks: Forks) -> None:
+        """`lock` is the root's: it stays locked until the last of its processes is gone."""
         self._place = place
         self._lock_descriptor = lock
         self._niceness = niceness
+        self._forks = forks
         self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: _Started | None = None
         self._closed = False
         self._used = time.monotonic()
 
@@ -134,15 +147,14 @@ class Hand:
     def _ask(self, job: Job, task: Task) -> Answer:
         self._used = time.monotonic()
         child = self._started()
-        stdin, stdout = child.stdin, child.stdout
-        if stdin is None or stdout is None:
-            raise Unavailable("the helper process has no pipes")
         answer = Answer()
         try:
-            write(stdin, job)
-            while not answer.done and (body := read(stdout)) is not None:
-                answer = _decode_answer(body)
-                task.advance(answer.entries, answer.bytes)
+            with contextlib.suppress(ConnectionError):
+                # The end of its line is its own, which is told below.
+                write(child.jobs, job)
+                while not answer.done and (body := read(child.answers)) is not None:
+                    answer = _decode_answer(body)
+                    task.advance(answer.entries, answer.bytes)
         except Cancelled:
             self.let_go()
             raise
@@ -159,23 +171,20 @@ class Hand:
 
     @property
     def running(self) -> bool:
-        """Whether there is a child, which takes a tenth of a second to start."""
+        """Whether there is a child."""
         return self._child is not None
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _started(self) -> _Started:
         with self._lock:
             if self._closed:
                 raise Cancelled("the actor is stopping")
             if self._child is None:
-                self._child = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "broker.snapshotter.hands", str(os.getpid()), str(self._niceness)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    # The root stays locked until the last of its processes is gone.
-                    pass_fds=(self._lock_descriptor,),
-                )
-                if self._child.stdin is not None:
-                    write(self._child.stdin, self._place)
+                ours, theirs = socket.socketpair()
+                # What reads and writes keeps the socket open.
+                with ours, theirs:
+                    process = self._forks.start(HAND, self._niceness, theirs.fileno(), self._lock_descriptor)
+                    self._child = _Started(process, ours.makefile("wb"), ours.makefile("rb"))
+                write(self._child.jobs, self._place)
             return self._child
 
     def let_go_if_idle(self) -> None:
@@ -189,21 +198,28 @@ class Hand:
             child, self._child = self._child, None
         if child is None:
             return
-        child.kill()
-        child.wait()
-        for stream in (child.stdin, child.stdout):
-            if stream is not None:
-                try:
-                    stream.close()
-                except OSError:
-                    continue  # What was still to be written goes to nobody.
+        child.process.kill()
+        child.process.wait()
+        for stream in (child.jobs, child.answers):
+            # What was still to be written goes to nobody.
+            with contextlib.suppress(OSError):
+                stream.close()
 
     def close(self) -> None:
         """End the child for good; a request under way ends Cancelled."""
         self._closed = True
         with self._lock:
             if self._child is not None:
-                self._child.kill()
+                self._child.process.kill()
+
+
+@dataclass(slots=True, frozen=True)
+class _Started:
+    """A child that is there, and the two directions of the line to it."""
+
+    process: Child
+    jobs: IO[bytes]
+    answers: IO[bytes]
 
 
 def failure_of(answer: Answer) -> Exception | None:
@@ -223,39 +239,47 @@ def raise_failure(answer: Answer) -> None:
 # The child.
 
 
-def main() -> None:
-    """Serve one Place until standard input ends, or nobody reads the answers."""
-    # Imported here: the actor's end needs none of it.
-    from backends import registry
+def run(niceness: int, forks: Forks, given: list[int]) -> int:
+    """Be a hand of an actor until it lets go. Given: the line to it, and the root's lock, held until the end."""
+    forks.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.nice(niceness)
+    with contextlib.suppress(ConnectionError), socket.socket(fileno=given[0]) as line:
+        serve(line.makefile("rb"), line.makefile("wb"))
+    return 0
 
-    die_with_parent(int(sys.argv[1]))
-    failpoints.arm(failpoints.HAND)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(int(sys.argv[2]))
-    body = read(sys.stdin.buffer)
+
+def serve(jobs: IO[bytes], answers: IO[bytes]) -> None:
+    """Do one job after the other at the Place that comes first, until nothing more comes."""
+    body = read(jobs)
     if body is None:
         return
     place = msgspec.msgpack.decode(body, type=Place)
+    setproctitle(f"snapbrokerd: {place.title}")
     kind: Any = registry.load(place.backend)
+    privileges.rise()
+    privileges.keep(privileges.kept_by(kind))
+    failpoints.arm(failpoints.HAND)
+    tell = partial(write, answers)
     backend: Any = None
-    while (body := read(sys.stdin.buffer)) is not None:
+    while (body := read(jobs)) is not None:
         reach("hands.asked")
         try:
             # Opened for the first job, and tried again for the next: who waits is told what the disk says.
             backend = backend or kind.open_again(Path(place.root), msgspec.convert(place.options, kind.Options))
-            answer = serve(backend, _decode_job(body), place)
+            answer = do(backend, _decode_job(body), place, tell)
         except (OSError, BrokerError) as error:
             answer = failed(error)
         reach("hands.done")
         answer.done = True
-        write(sys.stdout.buffer, answer)
+        tell(answer)
 
 
-def serve(backend: Any, job: Job, place: Place) -> Answer:
-    """Do one job."""
+def do(backend: Any, job: Job, place: Place, tell: Tell) -> Answer:
+    """Do one job, and tell now and then how far it is."""
     if job.build:
-        return Answer(built=[build(backend, wanted, place) for wanted in job.build])
-    return stock(backend, job.stock) if job.stock else delete(backend, job.delete)
+        return Answer(built=[build(backend, wanted, place, tell) for wanted in job.build])
+    return stock(backend, job.stock) if job.stock else delete(backend, job.delete, tell)
 
 
 def failed(error: OSError | BrokerError) -> Answer:
@@ -271,9 +295,9 @@ def stock(backend: Any, ids: list[int]) -> Answer:
     return Answer(entries=len(ids))
 
 
-def build(backend: Any, wanted: Wanted, place: Place) -> Answer:
+def build(backend: Any, wanted: Wanted, place: Place, tell: Tell) -> Answer:
     """Build a snapshot; how much was copied, or why it failed."""
-    task = TellingCopy(place)
+    task = TellingCopy(tell, place)
     try:
         backend.build(Snapshot(wanted.id, wanted.kind, wanted.parents, wanted.labels), task)
     except (OSError, BrokerError) as error:
@@ -284,10 +308,11 @@ def build(backend: Any, wanted: Wanted, place: Place) -> Answer:
 class Telling(Task):
     """A task that tells the actor, now and then, how far it is."""
 
-    __slots__ = ("_lock", "_told_at", "_told_bytes", "_told_entries")
+    __slots__ = ("_lock", "_tell", "_told_at", "_told_bytes", "_told_entries")
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Tell) -> None:
         super().__init__()
+        self._tell = tell
         self._lock = threading.Lock()
         self._told_entries = 0
         self._told_bytes = 0
@@ -299,7 +324,7 @@ class Telling(Task):
         if time.monotonic() - self._told_at > PROGRESS_S and self._lock.acquire(blocking=False):
             # A copy has several threads; one of them tells.
             self._told_at = time.monotonic()
-            write(sys.stdout.buffer, self.untold())
+            self._tell(self.untold())
             self._lock.release()
 
     def untold(self) -> Answer:
@@ -315,8 +340,8 @@ class TellingCopy(Telling):
 
     __slots__ = ("_look_at", "_place")
 
-    def __init__(self, place: Place) -> None:
-        super().__init__()
+    def __init__(self, tell: Tell, place: Place) -> None:
+        super().__init__(tell)
         self._place = place
         self._look_at = (LOOK_ENTRIES, LOOK_BYTES)
 
@@ -329,9 +354,9 @@ class TellingCopy(Telling):
                 raise lack()
 
 
-def delete(backend: Any, tokens: list[str]) -> Answer:
+def delete(backend: Any, tokens: list[str], tell: Tell) -> Answer:
     """Delete discarded entries, each on its own."""
-    task = Telling()
+    task = Telling(tell)
     failed: dict[str, str] = {}
     for token in tokens:
         try:
@@ -341,8 +366,3 @@ def delete(backend: Any, tokens: list[str]) -> Answer:
     answer = task.untold()
     answer.failed = failed
     return answer
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        main()

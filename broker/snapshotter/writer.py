@@ -76,7 +76,7 @@ class WriterLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Most operations that wait for a turn; beyond, calls of whoever has more than its part get resource_exhausted."""
     workers: int = 0
     """Threads for what backends do beside the transactions; 0 is the backend's own choice."""
-    working_max: int = 4096
+    working_max: int = 16_384
     """Most operations in the workers' hands, and one client has no more than is free; beyond, resource_exhausted."""
 
 

@@ -197,9 +197,7 @@ func sharedClient(t testing.TB, snapshotter string, given ...Option) *Client {
 	t.Helper()
 	shared.once.Do(func() {
 		shared.t = &outliving{}
-		// On a busy machine thousands of callers wait at once for directories that are made ahead.
-		shared.daemon = startDaemon(shared.t, "[snapshotters.memory.limits.writer]\nworking_max = 16384\n"+
-			"[snapshotters.overlayfs]\n")
+		shared.daemon = startDaemon(shared.t, "[snapshotters.memory]\n[snapshotters.overlayfs]\n")
 	})
 	if shared.daemon == nil {
 		t.Fatal("the shared snapbrokerd did not start")

@@ -9,12 +9,10 @@ import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from backends import registry
 from broker import privileges
-from broker.snapshotter.actor import kept_by
 from snapbroker.blocking import Broker
 from snapbroker.mount import mounted
 from tests.daemon import support
@@ -56,7 +54,7 @@ def test_the_numbers_are_the_kernels() -> None:
 @pytest.mark.root
 @pytest.mark.parametrize("name", DISK)
 def test_an_actor_has_what_its_backend_names(name: str, own: Daemon) -> None:
-    wanted = set(kept_by(registry.load(name)))
+    wanted = set(privileges.kept_by(registry.load(name)))
     support.make_base(own, name, f"base-{name}")
     with own.client(name) as broker:
         # Large enough for a child process of native's to build it.
@@ -65,8 +63,7 @@ def test_an_actor_has_what_its_backend_names(name: str, own: Daemon) -> None:
         broker.commit("large-base", "large")
         for number in range(3):
             broker.prepare(f"child-{number}", "large-base")
-    actor = psutil.Process(support.pid_of(own, name))
-    family = [actor, *actor.children(recursive=True)]
+    family = [process for title, process in own.forked().items() if title.split(", ")[0] == name]
     if name != "btrfs":
         assert len(family) > 1, "no child process to look at"
     for process in family:
@@ -79,7 +76,7 @@ def test_an_actor_has_what_its_backend_names(name: str, own: Daemon) -> None:
 
 @pytest.mark.root
 def test_the_broker_has_none_in_force(own: Daemon) -> None:
-    union = set().union(*(kept_by(registry.load(name)) for name in DISK))
+    union = set().union(*(privileges.kept_by(registry.load(name)) for name in DISK))
     found = threads(own.pid)
     assert len(found) >= 3, "its own and libzmq's"
     for thread in found:
@@ -96,7 +93,7 @@ def test_an_actor_that_is_started_again_can_do_as_much(own: Daemon) -> None:
     own.kill(actor="native")
     own.wait_ready()
     for thread in threads(support.pid_of(own, "native")):
-        assert names(thread["CapEff"]) == set(kept_by(registry.load("native")))
+        assert names(thread["CapEff"]) == set(privileges.kept_by(registry.load("native")))
 
 
 @pytest.mark.root

@@ -10,6 +10,7 @@ import pytest
 from backends import native, patterns, syscalls
 from backends.api import Snapshot, Task
 from backends.copying import BATCH_FILES
+from backends.files import SyncStatistics
 from backends.native import Native, NativeOptions
 from backends.testsuite import MEBIBYTE, BackendSuite, Look, commit, contents, create, empty_trash, mode
 from snapbroker.contract import Kind, Usage
@@ -141,6 +142,13 @@ class TestCreate:
         expected = {name: (own(backend, 1) / name).read_bytes() for name in os.listdir(own(backend, 1))}
         for id_ in range(2, 66):
             assert {name: (own(backend, id_) / name).read_bytes() for name in os.listdir(own(backend, id_))} == expected
+
+    def test_empty_ones_that_were_built_together_share_a_flush(self, backend):
+        snapshots = [Snapshot(id_, Kind.ACTIVE) for id_ in range(1, 65)]
+        for snapshot in snapshots:
+            backend.build(snapshot, Task())
+        backend.flush(snapshots)
+        assert backend._sync.statistics() == SyncStatistics(calls=1, flushes=1)
 
     def test_a_warm_base_is_not_read_again(self, backend, monkeypatch):
         monkeypatch.setattr(patterns, "REST_S", 0)

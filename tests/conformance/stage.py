@@ -31,12 +31,10 @@ Told = Line | Callable[[Driver], Line]
 
 def settings(snapshotter: str) -> dict[str, Any]:
     """The broker's snapshotters and limits, for a scenario on a backend."""
-    # What all drivers prepare in one step may wait for directories together: nobody's batch is to depend on the pace.
-    room = {"writer": {"working_max": 16_384}}
     return {
         "snapshotters": {
-            "main": {"backend": snapshotter, "limits": room},
-            ASIDE: {"backend": "memory", "limits": {"journal": {"events_max": ASIDE_EVENTS}, **room}},
+            "main": {"backend": snapshotter},
+            ASIDE: {"backend": "memory", "limits": {"journal": {"events_max": ASIDE_EVENTS}}},
             FULL: {"backend": "overlayfs", "limits": {"space": {"reserve_bytes": 1 << 46, "ballast_bytes": 0}}},
         },
         "publisher": {"send_queue_max": QUEUE, "heartbeat_ms": 200},

@@ -85,6 +85,24 @@ def test_an_actor_killed_under_load(
     assert pauses == [100, 200, 400], "the back-off doubles"
 
 
+def test_a_fork_server_killed_under_load(start_daemon: Callable[..., Daemon]) -> None:
+    """All actors go with it, and come back with another one."""
+    daemon = start_daemon({"overlayfs": {"backend": "overlayfs"}, "native": {"backend": "native"}})
+    family = daemon.forked()
+    with Load(daemon, "overlayfs") as load:
+        load.start()
+        load.wait_for_calls(CALLS)
+        family["fork server"].kill()
+        support.wait_until(lambda: all(worker.failures or worker.error for worker in load.workers), "told")
+        assert any(support.is_doubtful(error) for _, _, error in load.stop())
+        support.wait_until(lambda: all(map(is_ended, family.values())), "their end")
+        daemon.wait_ready()
+        assert [actor.restarts for actor in daemon.status().snapshotters] == [1, 1]
+        check_everything(daemon, "overlayfs", load.ledger)
+        check_new_ids(daemon, "overlayfs", load.ledger)
+        assert daemon.forked()["fork server"] != family["fork server"]
+
+
 def test_a_daemon_killed_under_load(disk_daemon: Daemon, disk_snapshotter: str) -> None:
     with Load(disk_daemon, disk_snapshotter) as load:
         for _ in range(2):

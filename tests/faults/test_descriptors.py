@@ -13,7 +13,7 @@ import pytest
 from snapbroker.errors import ResourceExhausted
 from snapbroker.protocol import MountsAnswer, Prepare
 from tests.daemon.support import Bystander, pid_of, wait_until
-from tests.harness import Daemon, Wire
+from tests.harness import Daemon
 
 StartDaemon = Callable[..., Daemon]
 
@@ -55,19 +55,9 @@ def test_a_broker_without_descriptors(start_daemon: StartDaemon) -> None:
     with daemon.wire("overlayfs") as wire, Bystander(daemon, "memory") as bystander:
         assert isinstance(wire.one(Prepare(key="a")), MountsAnswer)
         limit(daemon.pid, psutil.Process(daemon.pid).num_fds())
-        psutil.Process(pid_of_actor(daemon, wire)).kill()
+        daemon.forked()["overlayfs"].kill()
         wait_until(lambda: "an actor cannot be started" in daemon.log(), "it is told")
         bystander.wait_for_rounds()
         limit(daemon.pid, most)
         daemon.wait_ready()
         assert isinstance(wire.one(Prepare(key="b")), MountsAnswer)
-
-
-def pid_of_actor(daemon: Daemon, wire: Wire) -> int:
-    """Asked of the system: a question to the broker would need a connection."""
-    (found,) = [
-        child.pid
-        for child in psutil.Process(daemon.pid).children()
-        if any(file.path.startswith(str(daemon.root_of("overlayfs"))) for file in child.open_files())
-    ]
-    return found

@@ -122,22 +122,13 @@ def test_a_call_that_stands_still_before_it_made_anything_is_told(start_daemon: 
         daemon.stop()
 
 
-def child(daemon: Daemon, niceness: int) -> psutil.Process | None:
-    """The child process that stocks (0) or deletes (10)."""
-    for process in psutil.Process(daemon.actor("hurt").pid).children():
-        if process.cmdline()[-3:] == ["broker.snapshotter.hands", str(daemon.actor("hurt").pid), str(niceness)]:
-            return process
-    return None
-
-
 def test_a_deletion_that_stands_still_is_told_and_holds_up_nobody(start_daemon: StartDaemon) -> None:
     daemon = start(start_daemon)
     with daemon.client("hurt") as broker:
         broker.prepare("first")
         broker.remove("first")
         broker.cleanup()
-        deleter = child(daemon, 10)
-        assert deleter is not None
+        deleter = daemon.forked()["hurt, deleter"]
         deleter.suspend()
         try:
             broker.prepare("second")
@@ -157,8 +148,7 @@ def test_a_pool_that_stands_still_is_given_up(start_daemon: StartDaemon) -> None
     # With a second one the calls would be answered, and only the log would tell.
     daemon = start(start_daemon, limits={"pool": {"pool_min": 2, "pool_max": 2, "stockers": 1}})
     with daemon.wire("hurt") as wire, Bystander(daemon, "memory"):
-        stocker = child(daemon, 0)
-        assert stocker is not None
+        stocker = daemon.forked()["hurt, pool"]
         stocker.suspend()
         calls = tuple(Prepare(key=f"k{number}") for number in range(8))
         number = wire.send(*calls)

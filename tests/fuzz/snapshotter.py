@@ -10,6 +10,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from broker.actor.forks import ForkServerProcess
+from broker.server import ACTORS_MODULE
 from broker.snapshotter.actor import Setup, SnapshotterActor
 from broker.snapshotter.limits import SnapshotterLimits
 from broker.snapshotter.reserve import SpaceLimits
@@ -45,13 +47,16 @@ class Snapshotter:
         self._parts: dict[bytes, list[tuple[bytes, bytes]]] = defaultdict(list)
         self._done: dict[bytes, asyncio.Future[None]] = {}
         self._number = 0
+        self._fork_server = ForkServerProcess(ACTORS_MODULE)
         self.published = 0
         setup = Setup(name=NAME, backend="memory", root=place, metadata=f"{place}/metadata", limits=LIMITS)
         self._loop.run_until_complete(self._start(setup))
 
     async def _start(self, setup: Setup) -> None:
         ready = self._loop.create_future()
-        self._actor = SnapshotterActor(setup, self._send, self._publish, lambda _client, _request: None, again=False)
+        self._actor = SnapshotterActor(
+            setup, self._fork_server.launch(), self._send, self._publish, lambda _client, _request: None, again=False
+        )
         self._running = self._loop.create_task(self._actor.run(lambda: ready.set_result(None)))
         await asyncio.wait([ready, self._running], return_when=asyncio.FIRST_COMPLETED)
 
@@ -148,6 +153,7 @@ class Snapshotter:
         """Stop it as a daemon does."""
         self._actor.stop()
         self._loop.run_until_complete(self._running)
+        self._loop.run_until_complete(self._fork_server.close())
         self._loop.close()
         sys.setswitchinterval(self._switch_interval_s)
 

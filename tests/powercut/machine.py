@@ -42,6 +42,8 @@ CLIENTS: Final = 3
 """Clients of each snapshotter."""
 ANSWERS_MAX: Final = 300
 """Most answers before a cut; the fewest are none."""
+ANSWERS_S: Final = 120.0
+"""How long the answers before a cut may take, on a disk however slow."""
 MOMENT_S: Final = 0.02
 """Longest time between the last of these answers and the cut."""
 START_S: Final = 0.8
@@ -167,6 +169,7 @@ class Machine(Settling):
             wait_until(
                 lambda: sum(client.answers for client in clients) >= enough or any(client.error for client in clients),
                 "answers before a cut",
+                ANSWERS_S,
             )
             # The moment is what is random here: nothing is waited for.
             pace.wait(moment)

@@ -1,16 +1,14 @@
 """One soak: clients, kills and followers on one daemon with every backend, and what must hold when all is quiet.
 
-Kills come in three parts of the run. In the first the daemon itself is killed or stopped, actors and their child
-processes are killed; in the second actors and children; in the last children alone, so that an actor lives for a third
-of the run and the broker for two, which is what growth is measured on.
+Kills come in three parts of the run. In the first the daemon itself is killed or stopped, and its fork server, actors
+and their child processes are killed; in the second all but the daemon; in the last children alone, so that an actor
+lives for a third of the run and the broker for two, which is what growth is measured on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-import signal
 import threading
 import time
 from collections import Counter
@@ -32,6 +30,7 @@ from tests.powercut.client import Client
 from tests.soak.flatness import Watch
 from tests.soak.followers import HEAL_S, Deaf, Follower, Matcher, SlowFollower
 
+FORK_SERVER: Final = "fork server"
 CLIENTS: Final = 4
 """Clients of each snapshotter."""
 PATIENCE_S: Final = 300.0
@@ -158,8 +157,8 @@ class Soak:
 
     def _kill(self, share: float) -> None:
         """One of what this part of the run allows."""
-        kinds = ["child", "child", "actor", "actor", "actor", "daemon", "stop"]
-        allowed = kinds[:2] if share > 2 / 3 else kinds[:5] if share > 1 / 3 else kinds
+        kinds = ["child", "child", "actor", "actor", "actor", FORK_SERVER, "daemon", "stop"]
+        allowed = kinds[:2] if share > 2 / 3 else kinds[:6] if share > 1 / 3 else kinds
         kind = self._random.choice(allowed)
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
             if kind == "daemon":
@@ -167,18 +166,18 @@ class Soak:
                 self._daemon.start(wait=False)
             elif kind == "stop":
                 self._daemon.restart()
-            elif not self._kill_below(kind == "child"):
+            elif not self._kill_below(kind):
                 return
             self.kills[kind] += 1
 
-    def _kill_below(self, children: bool) -> bool:
-        """Kill -9 of an actor, or of one of an actor's child processes; whether there was one."""
-        below = psutil.Process(self._daemon.pid).children()
-        if children:
-            below = [child for actor in below for child in actor.children()]
-        if below:
-            os.kill(self._random.choice(below).pid, signal.SIGKILL)
-        return bool(below)
+    def _kill_below(self, kind: str) -> bool:
+        """Kill -9 of an actor, of one of an actor's child processes, or of what forks them; whether there was one."""
+        below: dict[str, list[psutil.Process]] = {"actor": [], "child": [], FORK_SERVER: []}
+        for title, process in self._daemon.forked().items():
+            below["child" if ", " in title else title if title == FORK_SERVER else "actor"].append(process)
+        if below[kind]:
+            self._random.choice(below[kind]).kill()
+        return bool(below[kind])
 
     # The end.
 
