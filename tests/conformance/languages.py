@@ -21,6 +21,9 @@ BUILD_S: Final = 600
 
 Command = tuple[str, ...]
 
+_made: set[str] = set()
+"""The languages whose programs this process has built."""
+
 
 @dataclass(frozen=True)
 class Language:
@@ -35,8 +38,11 @@ class Language:
     build: tuple[Command, ...] = ()
 
     def make(self) -> None:
-        """Build the programs; AssertionError with what the build said where that fails. Waits for another's build."""
-        if not self.build:
+        """Build the programs; AssertionError with what the build said where that fails. Waits for another's build.
+
+        Once in a process: to find that nothing has changed takes some compilers seconds.
+        """
+        if not self.build or self.name in _made:
             return
         with (self.folder / ".build.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -50,6 +56,7 @@ class Language:
                         f"{command[0]} is not there: `.ci/setup dev` installs what tests need"
                     ) from None
                 assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
+        _made.add(self.name)
 
 
 def _python(name: str, suffix: str, samples: tuple[str, ...]) -> Language:

@@ -20,9 +20,9 @@ from tests.fuzz import targets
 from tests.fuzz.__main__ import CORPUS, fuzz
 from tests.fuzz.draws import Draws
 
-RUNS = {"bodies": 1000}
+RUNS = {"bodies": 600}
 """Inputs of the short run; `bodies` has a whole snapshotter to ask."""
-RUNS_OF_OTHERS = 5000
+RUNS_OF_OTHERS = 3000
 CORPUS_BYTES_MAX = 1 << 20
 HAS_WHEELS = (sys.platform, platform.machine()) == ("linux", "x86_64") and sys.version_info < (3, 15)
 """What pyproject.toml asks for atheris on."""
