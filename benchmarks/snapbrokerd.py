@@ -145,7 +145,12 @@ class Running:
         daemon = psutil.Process(self._pid)
         actor = _actor(self._broker, self._backend).pid
         processes = {child.pid: child for child in daemon.children(recursive=True)}
-        named = {"broker": daemon, f"actor {self._backend}": processes.pop(actor)}
+        (fork_server,) = daemon.children()
+        named = {
+            "broker": daemon,
+            f"actor {self._backend}": processes.pop(actor),
+            "fork server": processes.pop(fork_server.pid),
+        }
         resident = {name: process.memory_info().rss for name, process in named.items()}
         # The processes that delete and copy come and go with the work; together they are one row.
         return resident | {"helpers": sum(process.memory_info().rss for process in processes.values())}
