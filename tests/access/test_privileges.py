@@ -75,11 +75,11 @@ def test_an_actor_has_what_its_backend_names(name: str, own: Daemon) -> None:
 
 
 @pytest.mark.root
-def test_the_broker_has_none_in_force(own: Daemon) -> None:
+def test_the_broker_and_its_fork_server_have_none_in_force(own: Daemon) -> None:
     union = set().union(*(privileges.kept_by(registry.load(name)) for name in DISK))
     found = threads(own.pid)
     assert len(found) >= 3, "its own and libzmq's"
-    for thread in found:
+    for thread in [*found, *threads(own.forked()["fork server"].pid)]:
         assert names(thread["CapEff"]) == set()
         assert union <= names(thread["CapPrm"])
         assert names(thread["CapPrm"]).isdisjoint({"sys_module", "sys_rawio", "sys_boot", "net_admin", "sys_ptrace"})
