@@ -28,7 +28,7 @@ from broker.lock import lock_directory
 from broker.logs import get_logger
 from broker.publisher import Publisher
 from broker.router import Router
-from broker.snapshotter.actor import Setup
+from broker.snapshotter.actor import ACTOR, Setup
 from broker.snapshotter.space import Ballast
 from broker.systemd import keep_watchdog, notify
 from snapbroker.errors import BrokerError, FailedPrecondition, Unimplemented
@@ -185,7 +185,7 @@ class Server:
         )
         actor = Actor(
             finding.name,
-            "actor",
+            ACTOR,
             msgspec.json.encode(setup),
             self._router.from_actor,
             self._ready,

@@ -59,7 +59,6 @@ class Child:
         self.line = line
         """Readable when there is something to hear: the birth first, then the end."""
         self.pid = 0
-        self.ended = False
         self._handle = -1
 
     def born(self) -> None:
@@ -82,7 +81,6 @@ class Child:
         return int(_STATUS.unpack(message)[0]) if message else LOST
 
     def _end(self) -> None:
-        self.ended = True
         self.line.close()
         handle, self._handle = self._handle, -1
         if handle >= 0:
@@ -276,26 +274,26 @@ class ForkServerProcess:
     def __init__(self, module: str) -> None:
         """`module` makes a ForkServer: its arguments are the process id of its parent, and the owner's descriptor."""
         self._module = module
-        self._process: subprocess.Popen[bytes] | None = None
-        self._forks: Forks | None = None
+        self._running: tuple[subprocess.Popen[bytes], Forks] | None = None
 
     def launch(self) -> Forks:
         """The connection to the one that runs, which is started if there is none."""
-        if self._process is not None and self._process.poll() is not None and self._forks is not None:
-            self._forks.close()
-            self._forks = None
-        if self._forks is None:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with theirs:
-                numbers = (os.getpid(), theirs.fileno())
-                self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", self._module, *map(str, numbers)],
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=(theirs.fileno(),),
-                    start_new_session=True,
-                )
-            self._forks = Forks(ours)
-        return self._forks
+        if self._running is not None:
+            process, forks = self._running
+            if process.poll() is None:
+                return forks
+            forks.close()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", self._module, str(os.getpid()), str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        forks = Forks(ours)
+        self._running = process, forks
+        return forks
 
     async def start(self, run: str, number: int, *descriptors: int, timeout_s: float) -> Child:
         """As `Forks.start`; OSError when it is not there in time."""
@@ -310,19 +308,20 @@ class ForkServerProcess:
 
     def kill(self) -> None:
         """End it, and with it all that it forked."""
-        if self._process is not None:
-            self._process.kill()
+        if self._running is not None:
+            self._running[0].kill()
 
     async def close(self) -> None:
         """Let it end; what it forked is gone already, or is killed."""
-        if self._forks is None or self._process is None:
+        if self._running is None:
             return
-        self._forks.close()
-        handle = os.pidfd_open(self._process.pid)
+        process, forks = self._running
+        forks.close()
+        handle = os.pidfd_open(process.pid)
         try:
             with anyio.move_on_after(END_S):
                 await anyio.wait_readable(handle)
         finally:
             os.close(handle)
-            self.kill()
-            self._process.wait()
+            process.kill()
+            process.wait()

@@ -18,7 +18,7 @@ from broker.actor.lineage import die_with_parent
 from broker.actor.link import Link, first_message
 from broker.actor.mailbox import Mailbox
 from broker.snapshotter import hands
-from broker.snapshotter.actor import Setup, SnapshotterActor
+from broker.snapshotter.actor import ACTOR, Setup, SnapshotterActor
 from broker.snapshotter.hands import HAND
 from snapbroker.errors import BrokerError
 
@@ -40,7 +40,7 @@ def main() -> None:
     setproctitle("snapbrokerd: fork server")
     privileges.rest()
     loop.settle()
-    ForkServer(owner, {"actor": run, HAND: hands.run}).run()
+    ForkServer(owner, {ACTOR: run, HAND: hands.run}).run()
 
 
 def run(again: int, forks: Forks, given: list[int]) -> int:

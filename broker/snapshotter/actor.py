@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import anyio
 import anyio.to_thread
@@ -54,6 +54,10 @@ DELETER_NICENESS = 10
 """Deleting gets what nobody else wants of the processors."""
 COPIER_NICENESS = 10
 """Copying yields to answering."""
+
+
+ACTOR: Final = "actor"
+"""What the fork server calls the process of a snapshotter."""
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from broker.actor.forks import Child, Forks
 
 HAND: Final = "hand"
-"""What the fork server calls `run`."""
+"""What the fork server calls one of these processes."""
 IDLE_S: Final = 20.0
 """After this long without a request the child is let go."""
 LOOK_ENTRIES: Final = 256
@@ -149,15 +149,15 @@ class Hand:
         child = self._started()
         answer = Answer()
         try:
-            with contextlib.suppress(ConnectionError):
-                # The end of its line is its own, which is told below.
-                write(child.jobs, job)
-                while not answer.done and (body := read(child.answers)) is not None:
-                    answer = _decode_answer(body)
-                    task.advance(answer.entries, answer.bytes)
+            write(child.jobs, job)
+            while not answer.done and (body := read(child.answers)) is not None:
+                answer = _decode_answer(body)
+                task.advance(answer.entries, answer.bytes)
         except Cancelled:
             self.let_go()
             raise
+        except ConnectionError:
+            pass  # The end of its line is its own, which is told below.
         except (OSError, ValueError) as error:
             self.let_go()
             raise Unavailable(f"the helper process is gone: {error}") from error

@@ -61,7 +61,7 @@ def test_a_birth_and_an_end_are_told(forks: Forks) -> None:
     children = [forks.start("leave", number) for number in range(8)]
     assert len({child.pid for child in children}) == len(children)
     assert [ended(child) for child in children] == list(range(8))
-    assert all(child.ended for child in children)
+    assert all(child.line.fileno() == -1 for child in children)
 
 
 def test_what_raises_says_where_and_fails(server: ForkServerProcess, capfd: pytest.CaptureFixture[str]) -> None:

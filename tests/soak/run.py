@@ -172,12 +172,10 @@ class Soak:
 
     def _kill_below(self, kind: str) -> bool:
         """Kill -9 of an actor, of one of an actor's child processes, or of what forks them; whether there was one."""
-        below: dict[str, list[psutil.Process]] = {"actor": [], "child": [], FORK_SERVER: []}
-        for title, process in self._daemon.forked().items():
-            below["child" if ", " in title else title if title == FORK_SERVER else "actor"].append(process)
-        if below[kind]:
-            self._random.choice(below[kind]).kill()
-        return bool(below[kind])
+        below = [process for title, process in self._daemon.forked().items() if _kind_of(title) == kind]
+        if below:
+            self._random.choice(below).kill()
+        return bool(below)
 
     # The end.
 
@@ -273,3 +271,10 @@ class Soak:
             "files_verified": self.files,
             "flatness": self.flat,
         }
+
+
+def _kind_of(title: str) -> str:
+    """What a process is, by its title."""
+    if title == FORK_SERVER:
+        return FORK_SERVER
+    return "child" if ", " in title else "actor"
