@@ -191,7 +191,7 @@ def test_interrupted_it_cleans_up(place: Path, words: str, number: signal.Signal
     finally:
         process.kill()
         process.wait()
-    assert process.returncode in (128 + number, 128 + signal.SIGINT)
+    assert process.returncode in (128 + number, 128 + signal.SIGINT), complaint
     assert complaint == "demo: interrupted; what was made is gone again\n"
     assert_gone(place, family)
     assert list(place.iterdir()) == []

@@ -164,6 +164,11 @@ class ForkServer:
                     self._reap(descriptor)
                 elif descriptor in self._connections:
                     self._serve(descriptor)
+        # Nothing that it forked outlives it; what was asked for over the owner's connection is killed already.
+        for child in self._children.values():
+            os.kill(child.pid, signal.SIGKILL)
+        for child in self._children.values():
+            os.waitpid(child.pid, 0)
 
     def _connect(self, connection: socket.socket) -> None:
         self._connections[connection.fileno()] = connection

@@ -149,6 +149,12 @@ def kill(actor: Actor) -> None:
         actor.process.kill()
 
 
+def _lose(actor: Actor) -> None:
+    """Nobody hears the actor any more, or is to: its callers are told, before its end is known."""
+    actor.state = "unavailable"
+    actor.on_gone(actor)
+
+
 class Supervisor:
     """The actors of this broker; `run` supervises one of them until it is told to stop."""
 
@@ -199,7 +205,8 @@ class Supervisor:
             if actor.link is not None:
                 actor.link.close()
             return
-        actor.link.listen(lambda frames: actor.on_message(actor, frames), lambda: None)
+        line_ended = anyio.Event()
+        actor.link.listen(lambda frames: actor.on_message(actor, frames), line_ended.set)
         actor.link.send((SETUP, actor.setup))
         actor.pid, actor.process = process.pid, process
         if self._is_stopping():
@@ -207,6 +214,7 @@ class Supervisor:
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._watch, actor, process)
+                tasks.start_soon(self._listen_for_end, actor, line_ended)
                 await anyio.wait_readable(process.line)
                 tasks.cancel_scope.cancel()
             status = process.wait()
@@ -214,10 +222,15 @@ class Supervisor:
                 log.error("an actor died", actor=actor.name, pid=actor.pid, exit_status=status)
         finally:
             process.kill()
-            actor.state = "unavailable"
             actor.pid = 0
-            actor.on_gone(actor)
+            _lose(actor)
             actor.link.close()
+
+    @staticmethod
+    async def _listen_for_end(actor: Actor, line_ended: anyio.Event) -> None:
+        """The line ends with its process, and that is known at once, where its end has to be told by another one."""
+        await line_ended.wait()
+        _lose(actor)
 
     async def _watch(self, actor: Actor, process: Child) -> None:
         """Kill the process when it does not get ready, or falls silent."""
@@ -256,8 +269,7 @@ class Supervisor:
         """
         process.send_signal(STACKS_SIGNAL)
         await anyio.sleep(STACKS_S)
-        actor.state = "unavailable"
-        actor.on_gone(actor)
+        _lose(actor)
         if actor.link is not None:
             actor.link.close()
         process.kill()
@@ -283,7 +295,9 @@ class Supervisor:
             if actor.pid:
                 log.error("an actor did not stop in time and is killed", actor=actor.name)
                 kill(actor)
-        self._fork_server.kill()
+            elif actor.state == "starting":
+                # It waits for its birth.
+                self._fork_server.kill()
 
     def statuses(self) -> tuple[ActorStatus, ...]:
         """Every actor's figures, with what psutil says."""

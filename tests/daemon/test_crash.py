@@ -103,6 +103,20 @@ def test_a_fork_server_killed_under_load(start_daemon: Callable[..., Daemon]) ->
         assert daemon.forked()["fork server"] != family["fork server"]
 
 
+def test_an_actor_is_known_dead_before_its_end_is_told(start_daemon: Callable[..., Daemon]) -> None:
+    daemon = start_daemon({"memory": {"backend": "memory"}})
+    fork_server = daemon.forked()["fork server"]
+    fork_server.suspend()
+    try:
+        daemon.forked()["memory"].kill()
+        daemon.wait_for(lambda status: [actor.state for actor in status.snapshotters] == ["unavailable"])
+        assert daemon.actor("memory").restarts == 0
+    finally:
+        fork_server.resume()
+    daemon.wait_ready()
+    assert daemon.actor("memory").restarts == 1
+
+
 def test_a_daemon_killed_under_load(disk_daemon: Daemon, disk_snapshotter: str) -> None:
     with Load(disk_daemon, disk_snapshotter) as load:
         for _ in range(2):

@@ -398,3 +398,19 @@ def test_requests_without_end_do_not_keep_it_from_stopping(first: Daemon) -> Non
     finally:
         halt.set()
         flooding.join()
+
+
+@pytest.mark.root
+def test_an_actor_that_does_not_stop_is_killed_with_its_children_before_the_daemon_ends(
+    start_daemon: StartDaemon,
+) -> None:
+    daemon = start_daemon({"overlayfs": {"backend": "overlayfs"}}, supervisor={"stop_timeout_ms": 100})
+    family = daemon.forked()
+    assert {"overlayfs", "overlayfs, pool"} < family.keys()
+    for title in ("overlayfs", "overlayfs, pool"):
+        family[title].suspend()
+    assert daemon.process is not None
+    daemon.process.send_signal(signal.SIGTERM)
+    assert daemon.process.wait(STOP_S) == 0
+    daemon.process = None
+    assert [title for title, process in family.items() if not is_ended(process)] == []
